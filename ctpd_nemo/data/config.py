@@ -1,0 +1,56 @@
+"""What a user says about the data."""
+
+from dataclasses import dataclass, field
+
+from ctpd_nemo.errors import InputError
+
+
+@dataclass
+class DataConfig:
+    """Files, lengths and batches.
+
+    Attributes:
+        train: Preference files or ``datasets`` folders; read as one, in this order.
+        validation: The same, held out; may be empty.
+        split: Which split of a ``datasets`` folder that holds several.
+        on_bad: What to do with a row that cannot be used: "stop", or "skip" and count it.
+        max_length: Longest sequence, prompt and response, in tokens of either tokenizer.
+        max_prompt_length: Longest prompt in tokens; a pair with a longer one is skipped and counted. ``None``: no limit.
+        include_eos: Whether the end of the turn is trained and scored, as one last span of its own.
+        global_batch_size: Pairs an optimizer step.
+        microbatch_tokens: Tokens a microbatch holds at most; at least ``2 * max_length``, so that any pair fits.
+        packing: "packed" puts sequences end to end; "padded" pads each to the longest of its microbatch.
+        shuffle: Draw a new order each epoch.
+        num_workers: Dataloader workers that read, tokenize, align and pack; 0 does it in the training process.
+    """
+
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    split: str | None = None
+    on_bad: str = "stop"
+    max_length: int = 2048
+    max_prompt_length: int | None = None
+    include_eos: bool = True
+    global_batch_size: int = 16
+    microbatch_tokens: int = 4096
+    packing: str = "packed"
+    shuffle: bool = True
+    num_workers: int = 2
+
+    def check(self) -> None:
+        """Stop with an ``InputError`` that names the key of a value that cannot be used."""
+        if self.on_bad not in ("stop", "skip"):
+            raise InputError("data.on_bad", repr(self.on_bad), "stop or skip")
+        if self.packing not in ("packed", "padded"):
+            raise InputError("data.packing", repr(self.packing), "packed or padded")
+        for name in ("max_length", "global_batch_size", "microbatch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name}", str(getattr(self, name)), "1 or more")
+        if self.num_workers < 0:
+            raise InputError("data.num_workers", str(self.num_workers), "0 or more")
+        if self.microbatch_tokens < 2 * self.max_length:
+            raise InputError(
+                "data.microbatch_tokens",
+                str(self.microbatch_tokens),
+                f"at least twice data.max_length, {2 * self.max_length}: both responses of a pair travel together",
+            )

@@ -1,0 +1,220 @@
+"""Preference pairs to token ids, with the responses cut into spans that both sides share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd_nemo.data.forms import PreferencePair
+from ctpd_nemo.data.templates import Side
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.spans import AlignedSpans, align_batch
+
+SideName = Literal["policy", "reference"]
+Responses = tuple[Literal["chosen"]] | tuple[Literal["chosen"], Literal["rejected"]]
+
+
+@dataclass(frozen=True, slots=True)
+class SideTokens:
+    """One side's tokens of a prompt and a response.
+
+    Attributes:
+        prompt_ids: int32 ``[n_prompt]``, at least one.
+        response_ids: int32 ``[n_response]``, the end of turn included where the response has one.
+        response_span: int32 ``[n_response]``, the span of each response token, ascending from 0.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    response_ids: NDArray[np.int32]
+    response_span: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedResponse:
+    """A prompt and a response as both sides read them.
+
+    Attributes:
+        policy: Tokens of the policy.
+        reference: Tokens of the reference; the very same object where the two read alike.
+        bounds: int64, byte bounds in the response's text of the spans kept, the first 0; the end of turn has none.
+        n_spans: Spans of the response; the end of turn is the last of them where there is one.
+        truncated: Whether the response's end was cut off to fit; such a response has no end of turn.
+    """
+
+    policy: SideTokens
+    reference: SideTokens
+    bounds: NDArray[np.int64]
+    n_spans: int
+    truncated: bool
+
+    def side(self, name: SideName) -> SideTokens:
+        """The tokens of one side."""
+        return self.policy if name == "policy" else self.reference
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference pair in tokens; ``index`` is its row in the dataset."""
+
+    index: int
+    id: str
+    chosen: EncodedResponse
+    rejected: EncodedResponse
+
+    def responses(self, names: Responses) -> list[EncodedResponse]:
+        """Both responses, or the chosen one alone."""
+        return [self.chosen if name == "chosen" else self.rejected for name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A pair that cannot be trained on, and the countable reason.
+
+    ``prompt_too_long`` and ``too_long``: the prompt is over its own limit, or leaves no room for a span of a response.
+    ``equal_after_truncation`` and ``equal_tokens``: nothing is left that tells chosen from rejected.
+    """
+
+    index: int
+    id: str
+    reason: str
+
+
+class PairEncoder:
+    """Renders prompts with each side's template and cuts responses into shared spans.
+
+    A response is tokenized by itself and stands between the rendered prompt and the end of turn. A sequence that is too
+    long loses the end of its response, on both sides at the same span bound. Prompts are never cut: half a template is
+    no prompt.
+    """
+
+    def __init__(
+        self,
+        policy: Side,
+        reference: Side | None,
+        include_eos: bool,
+        max_length: int,
+        max_prompt_length: int | None = None,
+    ) -> None:
+        """Set up the two sides; limits are in tokens and hold on either side.
+
+        Args:
+            policy: The model that is trained (the student).
+            reference: The model it is measured against (the teacher); ``None`` where it reads as the policy does.
+            include_eos: Whether the end of turn is a last span of every whole response.
+            max_length: Longest sequence: a prompt and a response.
+            max_prompt_length: Longest prompt; ``None`` for any that leaves room for a response.
+
+        Raises:
+            InputError: A limit is not positive.
+        """
+        for key, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
+            if limit is not None and limit < 1:
+                raise InputError(f"data.{key}", str(limit), "a positive number of tokens")
+        self.policy = policy
+        self.include_eos = include_eos
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self._same_tokenizer = reference is None or reference.tokenizer_fingerprint == policy.tokenizer_fingerprint
+        self.one_sided = reference is None or (
+            self._same_tokenizer and reference.template_fingerprint == policy.template_fingerprint
+        )
+        self.reference = policy if reference is None or self.one_sided else reference
+
+    def prepare(self) -> None:
+        """Build what alignment keeps for each tokenizer, so that processes forked later share it."""
+        self._align([])
+
+    def encode(self, indices: Sequence[int], pairs: Sequence[PreferencePair]) -> list[EncodedPair | Skipped]:
+        """Encode pairs, in order; their rows in the dataset are ``indices``.
+
+        Raises:
+            InputError: A template refuses a prompt.
+        """
+        prompts = [pair.prompt for pair in pairs]
+        policy_prompts = self.policy.render_prompts(prompts)
+        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts)
+        spans = self._align([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+        chosen_spans, rejected_spans = spans[: len(pairs)], spans[len(pairs) :]
+        rows = zip(indices, pairs, policy_prompts, reference_prompts, chosen_spans, rejected_spans, strict=True)
+        return [self._encode_pair(*row) for row in rows]
+
+    def _align(self, texts: list[str]) -> list[AlignedSpans]:
+        policy = self.policy.tokenizer
+        return align_batch(texts, policy if self._same_tokenizer else self.reference.tokenizer, policy)
+
+    def _encode_pair(
+        self,
+        index: int,
+        pair: PreferencePair,
+        policy_prompt: NDArray[np.int32],
+        reference_prompt: NDArray[np.int32],
+        chosen_spans: AlignedSpans,
+        rejected_spans: AlignedSpans,
+    ) -> EncodedPair | Skipped:
+        longest = max(len(policy_prompt), len(reference_prompt))
+        if self.max_prompt_length is not None and longest > self.max_prompt_length:
+            return Skipped(index, pair.id, "prompt_too_long")
+        chosen = self._encode_response(policy_prompt, reference_prompt, chosen_spans)
+        rejected = self._encode_response(policy_prompt, reference_prompt, rejected_spans)
+        if chosen is None or rejected is None:
+            return Skipped(index, pair.id, "too_long")
+        if np.array_equal(chosen.policy.response_ids, rejected.policy.response_ids):
+            truncated = chosen.truncated or rejected.truncated
+            return Skipped(index, pair.id, "equal_after_truncation" if truncated else "equal_tokens")
+        return EncodedPair(index, pair.id, chosen, rejected)
+
+    def _encode_response(
+        self, policy_prompt: NDArray[np.int32], reference_prompt: NDArray[np.int32], spans: AlignedSpans
+    ) -> EncodedResponse | None:
+        """Cut a response to what fits both sides; ``None`` where no span does."""
+        sides = (
+            (self.policy, policy_prompt, spans.student_ids, spans.student_span),
+            (self.reference, reference_prompt, spans.teacher_ids, spans.teacher_span),
+        )
+        end_of_turn = [len(side.end_of_turn_ids) if self.include_eos else 0 for side, *_ in sides]
+        room = [self.max_length - len(prompt) for _, prompt, _, _ in sides]
+        truncated = any(
+            len(ids) + end > space for (_, _, ids, _), end, space in zip(sides, end_of_turn, room, strict=True)
+        )
+        n_text_spans = spans.n_spans
+        if truncated:
+            n_text_spans = min(
+                _spans_that_fit(span, spans.n_spans, space) for (*_, span), space in zip(sides, room, strict=True)
+            )
+        if n_text_spans < 1:
+            return None
+        with_end = self.include_eos and not truncated
+        policy, reference = (_tokens(*side, n_text_spans, with_end) for side in sides)
+        bounds = spans.bounds[: n_text_spans + 1]
+        return EncodedResponse(
+            policy, policy if self.one_sided else reference, bounds, n_text_spans + with_end, truncated
+        )
+
+
+def _spans_that_fit(token_span: NDArray[np.int32], n_spans: int, room: int) -> int:
+    """How many whole spans the first ``room`` tokens hold."""
+    if room < 1:
+        return 0
+    return n_spans if room >= len(token_span) else int(token_span[room])
+
+
+def _tokens(
+    side: Side,
+    prompt_ids: NDArray[np.int32],
+    ids: NDArray[np.int64],
+    token_span: NDArray[np.int32],
+    n_text_spans: int,
+    with_end: bool,
+) -> SideTokens:
+    kept = int(np.searchsorted(token_span, n_text_spans))
+    end = side.end_of_turn_ids if with_end else side.end_of_turn_ids[:0]
+    return SideTokens(
+        prompt_ids,
+        np.concatenate([ids[:kept].astype(np.int32), end]),
+        np.concatenate([token_span[:kept], np.full(len(end), n_text_spans, dtype=np.int32)]),
+    )

@@ -1,0 +1,201 @@
+"""Random access to the rows of one preference file: JSON Lines, Parquet, or a folder of the ``datasets`` library."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ctpd_nemo.data.forms import FIELDS, RowError
+from ctpd_nemo.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class RowSource(Protocol):
+    """Rows of one file by number, from 0."""
+
+    stem: str
+
+    def __len__(self) -> int: ...
+
+    def line(self, row: int) -> int:
+        """The row's line in a text file, its number from 1 elsewhere."""
+        ...
+
+    def place(self, row: int) -> str:
+        """Where the row is, for people: ``file.jsonl:17``."""
+        ...
+
+    def read(self, row: int) -> dict[str, Any]:
+        """The row's fields; raises ``RowError`` where they cannot be read."""
+        ...
+
+
+def open_source(path: str | Path, split: str | None) -> RowSource:
+    """The rows behind a path; ``split`` names one of a folder with several.
+
+    Raises:
+        InputError: There is nothing there, it has no rows, or it is in no known format.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(str(path), "no such file or folder", "a preference file")
+    source: RowSource
+    if path.is_dir():
+        source = _open_folder(path, split)
+    elif path.suffix == ".jsonl":
+        source = JsonLines(path)
+    elif path.suffix == ".parquet":
+        source = Parquet(path)
+    else:
+        raise InputError(
+            str(path),
+            f"the extension {path.suffix!r}",
+            "a .jsonl file (one row a line), a .parquet file or a folder that datasets' save_to_disk wrote",
+        )
+    if len(source) == 0:
+        raise InputError(str(path), "no rows", "at least one preference pair")
+    return source
+
+
+class JsonLines:
+    """A JSON Lines file behind an index of byte offsets; blank lines are passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.stem = path.stem
+        self._open()
+        starts, ends, lines = [], [], []
+        position = 0
+        for number, line in enumerate(self._file, start=1):
+            if line.strip():
+                starts.append(position)
+                ends.append(position + len(line))
+                lines.append(number)
+            position += len(line)
+        self._starts, self._ends, self._lines = (np.array(column, dtype=np.int64) for column in (starts, ends, lines))
+
+    def _open(self) -> None:
+        # Stays open for the life of the source; it is only read by position, so forked workers can share it.
+        self._file = open(self._path, "rb")  # noqa: SIM115
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_file"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def line(self, row: int) -> int:
+        return int(self._lines[row])
+
+    def place(self, row: int) -> str:
+        return f"{self._path}:{self._lines[row]}"
+
+    def read(self, row: int) -> dict[str, Any]:
+        start, end = int(self._starts[row]), int(self._ends[row])
+        raw = os.pread(self._file.fileno(), end - start, start)
+        try:
+            value = json.loads(raw.decode("utf-8-sig" if start == 0 else "utf-8"))
+        except UnicodeDecodeError as error:
+            found = f"the byte 0x{raw[error.start]:02x} at byte {error.start} of the line"
+            raise RowError("invalid_utf8", found, "UTF-8") from None
+        except json.JSONDecodeError as error:
+            found = f"malformed JSON ({error.msg} at column {error.colno})"
+            raise RowError("malformed_json", found, "one JSON object a line") from None
+        except (ValueError, RecursionError) as error:
+            # Beyond the grammar: a number of thousands of digits, lists nested without end.
+            raise RowError("malformed_json", f"JSON that cannot be read ({error})", "one JSON object a line") from None
+        if not isinstance(value, dict):
+            raise RowError("not_an_object", f"JSON of type {type(value).__name__}", "one JSON object a line")
+        return value
+
+
+class Parquet:
+    """A Parquet file; its preference columns are decoded once, into Arrow memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.stem = path.stem
+        self._open()
+
+    def _open(self) -> None:
+        try:
+            names = pq.read_schema(self._path).names
+            self._table = pq.read_table(self._path, columns=[name for name in FIELDS if name in names])
+            self._rows = pq.read_metadata(self._path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(str(self._path), f"a file Arrow cannot read ({error})", "a Parquet file") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_path": self._path, "stem": self.stem}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def line(self, row: int) -> int:
+        return row + 1
+
+    def place(self, row: int) -> str:
+        return f"{self._path}:{row + 1}"
+
+    def read(self, row: int) -> dict[str, Any]:
+        try:
+            return {name: self._table.column(name)[row].as_py() for name in self._table.column_names}
+        except UnicodeDecodeError as error:
+            raise RowError("invalid_utf8", str(error), "UTF-8") from None
+
+
+class SavedDataset:
+    """A folder that ``datasets.Dataset.save_to_disk`` wrote, memory-mapped by that library."""
+
+    def __init__(self, place: str, stem: str, dataset: "Dataset") -> None:
+        self._place = place
+        self.stem = stem
+        self._dataset = dataset.select_columns([name for name in FIELDS if name in dataset.column_names])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def line(self, row: int) -> int:
+        return row + 1
+
+    def place(self, row: int) -> str:
+        return f"{self._place}:{row + 1}"
+
+    def read(self, row: int) -> dict[str, Any]:
+        try:
+            return self._dataset[row]
+        except UnicodeDecodeError as error:
+            raise RowError("invalid_utf8", str(error), "UTF-8") from None
+
+
+def _open_folder(path: Path, split: str | None) -> SavedDataset:
+    if not (path / "dataset_dict.json").exists() and not (path / "state.json").exists():
+        found = "a folder without state.json or dataset_dict.json"
+        raise InputError(str(path), found, "a folder that datasets' save_to_disk wrote, or the files themselves")
+    # Only this form needs the library, whose import takes longer than reading the other forms.
+    from datasets import DatasetDict, load_from_disk
+
+    loaded = load_from_disk(str(path))
+    if not isinstance(loaded, DatasetDict):
+        return SavedDataset(str(path), path.name, loaded)
+    names = ", ".join(loaded)
+    if split is None and len(loaded) > 1:
+        raise InputError(str(path), f"the splits {names} and none asked for", "the name of one split (data.split)")
+    split = split or next(iter(loaded))
+    if split not in loaded:
+        raise InputError(str(path), f"no split {split!r}", f"one of {names}")
+    return SavedDataset(f"{path}[{split}]", f"{path.name}-{split}", loaded[split])

@@ -1,0 +1,271 @@
+"""The data loader: one item is one optimizer step's microbatches of one data-parallel rank.
+
+Workers read, encode, pack and build. Every item is a function of its step alone, so neither the number of workers nor
+an interruption changes what a step sees.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ctpd_nemo.data.batch import Microbatch, Padding, SpanScores, build_microbatch
+from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
+from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, split_by_rank
+from ctpd_nemo.data.preferences import PreferenceDataset
+from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.errors import InputError
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the pairs of a step become microbatches.
+
+    Attributes:
+        microbatch_tokens: The token budget, padding included; at least two sequences of the encoder's ``max_length``.
+        side: Whose tokens: the policy's to train it, the reference's to score it.
+        online: Also build the reference's microbatches of the same pairs, for a teacher beside the student.
+        responses: Both responses, or the chosen ones alone (SFT).
+        padding: "packed" or "padded"; see ``build_microbatch``.
+        pad_to_multiple: The tokens of every microbatch are a multiple of this.
+    """
+
+    microbatch_tokens: int
+    side: SideName = "policy"
+    online: bool = False
+    responses: Responses = ("chosen", "rejected")
+    padding: Padding = "packed"
+    pad_to_multiple: int = 1
+
+
+@dataclass
+class StepStats:
+    """What went into one rank's share of a step; shares and steps add up.
+
+    Attributes:
+        pairs: Pairs in the microbatches.
+        truncated: Responses whose end was cut off.
+        skipped: Pairs left out, by reason; the global batch is smaller by them.
+        tokens: Tokens of the sequences, without padding.
+        response_tokens: Those of them that have a loss.
+        padding: Tokens of padding.
+    """
+
+    pairs: int = 0
+    truncated: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    response_tokens: int = 0
+    padding: int = 0
+
+    def __add__(self, other: "StepStats") -> "StepStats":
+        return StepStats(
+            self.pairs + other.pairs,
+            self.truncated + other.truncated,
+            self.skipped + other.skipped,
+            self.tokens + other.tokens,
+            self.response_tokens + other.response_tokens,
+            self.padding + other.padding,
+        )
+
+
+@dataclass
+class StepBatch:
+    """One rank's share of one step.
+
+    Attributes:
+        step: From 0, over the whole run.
+        epoch: From 0.
+        microbatches: At least one; a rank without a pair has a filler.
+        reference_microbatches: The reference's, pair by pair like ``microbatches``; empty unless asked for.
+        skipped: The pairs left out.
+        stats: Counts of this share.
+    """
+
+    step: int
+    epoch: int
+    microbatches: list[Microbatch]
+    reference_microbatches: list[Microbatch]
+    skipped: list[Skipped]
+    stats: StepStats
+
+    def pin_memory(self) -> "StepBatch":
+        """Page-lock the microbatches; the data loader calls it where there is a GPU."""
+        self.microbatches = [microbatch.pin_memory() for microbatch in self.microbatches]
+        self.reference_microbatches = [microbatch.pin_memory() for microbatch in self.reference_microbatches]
+        return self
+
+
+class StepDataset(Dataset[StepBatch | InputError]):
+    """Steps by number, for one data-parallel rank."""
+
+    def __init__(
+        self,
+        dataset: PreferenceDataset,
+        encoder: PairEncoder,
+        plan: StepPlan,
+        batching: Batching,
+        scores: SpanScores | None = None,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+    ) -> None:
+        check_budget(batching.microbatch_tokens, encoder.max_length, batching.pad_to_multiple)
+        if plan.n_pairs != len(dataset):
+            raise ValueError(f"a plan for {plan.n_pairs} pairs and a dataset of {len(dataset)}")
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
+        self._dataset = dataset
+        self._encoder = encoder
+        self._plan = plan
+        self._batching = batching
+        self._scores = scores
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+
+    def __len__(self) -> int:
+        return self._plan.total_steps
+
+    def __getitem__(self, step: int) -> StepBatch | InputError:
+        """Build one step. An ``InputError`` is returned and raised by the loader: what workers raise becomes text."""
+        try:
+            return self._build(step)
+        except InputError as error:
+            return error
+
+    def prepare(self) -> None:
+        """Build what forked workers can share."""
+        self._encoder.prepare()
+
+    def _build(self, step: int) -> StepBatch:
+        epoch, batch = self._plan.batch(step)
+        # Every rank must agree on the split without encoding the others' pairs, so it goes by bytes of text.
+        share = split_by_rank(self._dataset.text_bytes[batch], self._dp_size)[self._dp_rank]
+        indices = batch[share].tolist()
+        encoded = self._encoder.encode(indices, [self._dataset[index] for index in indices])
+        pairs = [pair for pair in encoded if isinstance(pair, EncodedPair)]
+        skipped = [pair for pair in encoded if isinstance(pair, Skipped)]
+        groups = self._pack(pairs)
+        microbatches = self._microbatches(groups, self._batching.side)
+        references = self._microbatches(groups, "reference") if self._batching.online else []
+        return StepBatch(step, epoch, microbatches, references, skipped, self._stats(pairs, skipped, microbatches))
+
+    def _pack(self, pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
+        batching = self._batching
+        if not pairs:
+            return []
+        sides: list[SideName] = [batching.side, "reference"] if batching.online else [batching.side]
+        # Both sides' microbatches hold the same pairs, so a pair is as long as it is on its longer side.
+        lengths_PSR = np.array([[self._lengths(pair, side) for side in sides] for pair in pairs], dtype=np.int64)
+        if batching.padding == "packed":
+            groups = pack(lengths_PSR.sum(axis=2).max(axis=1), batching.microbatch_tokens)
+        else:
+            longest_P = [round_up(length, batching.pad_to_multiple) for length in lengths_PSR.max(axis=(1, 2)).tolist()]
+            groups = pack_padded(np.multiply(longest_P, len(batching.responses)), batching.microbatch_tokens)
+        return [[pairs[number] for number in group] for group in groups]
+
+    def _lengths(self, pair: EncodedPair, side: SideName) -> list[int]:
+        return [len(response.side(side)) for response in pair.responses(self._batching.responses)]
+
+    def _microbatches(self, groups: list[list[EncodedPair]], side: SideName) -> list[Microbatch]:
+        batching = self._batching
+        pad = (self._encoder.policy if side == "policy" else self._encoder.reference).pad_token_id
+        if not groups:
+            return [Microbatch.filler(batching.pad_to_multiple, pad)]
+        return [
+            build_microbatch(
+                group,
+                pad_token_id=pad,
+                side=side,
+                responses=batching.responses,
+                scores=self._scores,
+                pad_to_multiple=batching.pad_to_multiple,
+                padding=batching.padding,
+            )
+            for group in groups
+        ]
+
+    def _stats(self, pairs: list[EncodedPair], skipped: list[Skipped], microbatches: list[Microbatch]) -> StepStats:
+        responses = [response for pair in pairs for response in pair.responses(self._batching.responses)]
+        sequences = [response.side(self._batching.side) for response in responses]
+        tokens = sum(map(len, sequences))
+        return StepStats(
+            pairs=len(pairs),
+            truncated=sum(response.truncated for response in responses),
+            skipped=Counter(pair.reason for pair in skipped),
+            tokens=tokens,
+            response_tokens=sum(len(sequence.response_ids) for sequence in sequences),
+            padding=sum(microbatch.num_tokens for microbatch in microbatches) - tokens,
+        )
+
+
+class StepLoader(DataLoader[StepBatch]):
+    """A ``DataLoader`` over steps that raises an ``InputError`` of a worker as it was."""
+
+    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
+        assert isinstance(self.dataset, StepDataset)
+        self.dataset.prepare()
+        with _tokenizers_may_fork():
+            steps = super().__iter__()
+        for step in steps:
+            if isinstance(step, InputError):
+                raise step
+            yield step
+
+
+def build_step_loader(
+    dataset: PreferenceDataset,
+    encoder: PairEncoder,
+    plan: StepPlan,
+    batching: Batching,
+    *,
+    scores: SpanScores | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+) -> StepLoader:
+    """A loader of this rank's share of every step from ``start_step`` on.
+
+    Args:
+        dataset: Checked pairs.
+        encoder: Renders and tokenizes them.
+        plan: Which pairs each step sees; ``StepPlan.in_order`` for evaluation and scoring.
+        batching: How they become microbatches.
+        scores: Span scores for CTPD from the cache.
+        dp_rank: This rank among the data-parallel ones.
+        dp_size: How many those are.
+        start_step: The first step to give, as if all before it had been given.
+        num_workers: Worker processes; 0 does the work in this one.
+
+    Raises:
+        InputError: The token budget does not hold a longest pair. While iterating: a row, template or score is bad.
+    """
+    steps = StepDataset(dataset, encoder, plan, batching, scores, dp_rank, dp_size)
+    return StepLoader(
+        steps,  # type: ignore[arg-type]
+        sampler=range(start_step, len(steps)),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+@contextmanager
+def _tokenizers_may_fork() -> Iterator[None]:
+    """Keep tokenizers single-threaded in workers, which also keeps them from warning about it in each.
+
+    The library reads this variable when a process forks, and has no other switch. Each worker keeps the value it is
+    forked with, one thread a worker; here it is put back.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

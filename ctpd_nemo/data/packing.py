@@ -1,0 +1,109 @@
+"""Which pairs go together: into one microbatch, and to one data-parallel rank.
+
+The answers depend on the arguments alone, so all ranks agree without asking each other.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ctpd_nemo.errors import InputError
+
+
+def round_up(length: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not under ``length``."""
+    return -(-length // multiple) * multiple
+
+
+def check_budget(budget: int, max_length: int, pad_to_multiple: int) -> None:
+    """Stop where a pair that passes the length limit could not fit a microbatch.
+
+    Raises:
+        InputError: The budget is under two padded sequences of ``max_length``, or no multiple of ``pad_to_multiple``.
+    """
+    place = "data.microbatch_tokens"
+    least = 2 * round_up(max_length, pad_to_multiple)
+    if budget < least:
+        raise InputError(place, str(budget), f"at least {least}: two sequences of max_length {max_length}, padded")
+    if budget % pad_to_multiple:
+        raise InputError(place, str(budget), f"a multiple of {pad_to_multiple}, to which microbatches are padded")
+
+
+def pack(lengths: ArrayLike, budget: int) -> list[list[int]]:
+    """Fill microbatches with pairs, first-fit-decreasing: the longest pair first, into the first that has room.
+
+    Args:
+        lengths: int ``[n_pairs]``, tokens of each pair, all its sequences together.
+        budget: Most tokens of a microbatch.
+
+    Returns:
+        Pairs of each microbatch, ascending; every pair is in exactly one.
+
+    Raises:
+        ValueError: A pair alone is over the budget.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    _check_fit(lengths, budget)
+    room = np.full(len(lengths), budget, dtype=np.int64)
+    bins: list[list[int]] = [[] for _ in lengths]
+    for pair in _longest_first(lengths):
+        # Bins are opened in order, so the first with room is the first opened, or the next fresh one.
+        first = int(np.argmax(room >= lengths[pair]))
+        room[first] -= lengths[pair]
+        bins[first].append(pair)
+    return [sorted(members) for members in bins if members]
+
+
+def pack_padded(lengths: ArrayLike, budget: int) -> list[list[int]]:
+    """Fill microbatches whose pairs are all padded to the longest: runs of pairs of like length.
+
+    Args:
+        lengths: int ``[n_pairs]``, tokens of each pair once it is padded to its own longest sequence.
+        budget: Most tokens of a microbatch, padding included.
+
+    Returns:
+        Pairs of each microbatch, ascending; every pair is in exactly one.
+
+    Raises:
+        ValueError: A pair alone is over the budget.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    _check_fit(lengths, budget)
+    bins: list[list[int]] = []
+    longest = 0
+    for pair in _longest_first(lengths):
+        if not bins or (len(bins[-1]) + 1) * longest > budget:
+            bins.append([])
+            longest = int(lengths[pair])
+        bins[-1].append(pair)
+    return [sorted(members) for members in bins]
+
+
+def split_by_rank(lengths: ArrayLike, n_ranks: int) -> list[list[int]]:
+    """Share the pairs of a global batch among data-parallel ranks, as equal in tokens as a greedy pass makes them.
+
+    Args:
+        lengths: int ``[n_pairs]``, the cost of each pair, in any unit.
+        n_ranks: Ranks that share them.
+
+    Returns:
+        Pairs of each rank, ascending; every pair is at exactly one. A rank has none where pairs are fewer than ranks.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    load = np.zeros(n_ranks, dtype=np.int64)
+    ranks: list[list[int]] = [[] for _ in range(n_ranks)]
+    for pair in _longest_first(lengths):
+        least = int(np.argmin(load))
+        load[least] += lengths[pair]
+        ranks[least].append(pair)
+    return [sorted(members) for members in ranks]
+
+
+def _longest_first(lengths: NDArray[np.int64]) -> Sequence[int]:
+    return np.argsort(-lengths, kind="stable").tolist()
+
+
+def _check_fit(lengths: NDArray[np.int64], budget: int) -> None:
+    if len(lengths) and lengths.max() > budget:
+        raise ValueError(f"a pair of {lengths.max()} tokens is over the budget of {budget}")

@@ -1,0 +1,194 @@
+"""What every trained model shares: building, weights, steps, metrics, and Lightning's hooks."""
+
+import dataclasses
+import time
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from nemo.core.classes import ModelPT
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.convert.load import load_hf_weights
+from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.data.loader import StepBatch
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.data import RunData, check_vocabulary
+from ctpd_nemo.models.forward import (
+    StepLoss,
+    equal_microbatches,
+    mean_metrics,
+    run_microbatches,
+    sum_over_data_parallel,
+)
+from ctpd_nemo.models.gpt import build_gpt
+from ctpd_nemo.parallel.layout import local_device
+from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wrap_data_parallel
+
+
+class MegatronModel(ModelPT):
+    """A NeMo model around Megatron-Core GPT chunks, trained by Megatron's schedules and optimizer.
+
+    A subclass is a method: it says which responses of a pair it trains on and what loss a microbatch has.
+
+    Attributes:
+        metric_names: What ``microbatch_loss`` reports, in a fixed order.
+        shown_metrics: Those of them that the progress bar shows.
+        run: The configuration.
+        run_data: Datasets, encoder and loaders.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]]
+    shown_metrics: ClassVar[tuple[str, ...]]
+
+    def __init__(self, run: RunConfig, run_data: RunData, trainer: Trainer | None = None) -> None:
+        """Args:
+        run: The configuration; it becomes NeMo's ``cfg`` under the key ``run``.
+        run_data: Where batches come from.
+        trainer: Lightning's trainer with a ``MegatronStrategy``.
+        """
+        super().__init__(OmegaConf.create({"run": dataclasses.asdict(run)}), trainer)
+        self.automatic_optimization = False
+        self.run = run
+        self.run_data = run_data
+        self.architecture = read_architecture(run_data.policy_path)
+        check_vocabulary(run_data.policy, self.architecture.vocab_size, run_data.policy_path)
+        if run.data.max_length > self.architecture.max_position_embeddings:
+            longest = self.architecture.max_position_embeddings
+            raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
+        self.chunks: Sequence[Any] = []
+        self._validation: list[StepLoss] = []
+
+    @abstractmethod
+    def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+        """The loss of one microbatch, computed on the last pipeline stage.
+
+        Args:
+            logprobs_N: Log-probs of the response tokens under the policy, fp32.
+            span_N: The span of each of these tokens, int64.
+            microbatch: The rest: spans, weights, reference, pairs.
+        """
+
+    def prepare_step(self, batch: StepBatch) -> None:
+        """Fill in what a method computes as it goes: the scores of an online reference."""
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Build this rank's chunks and read its weights; Lightning calls it when the process groups are there."""
+        if self.chunks:
+            return
+        gpt = build_gpt(self.architecture, self.run.parallel, self.run.precision)
+        load_hf_weights(gpt, self.run_data.policy_path, self.architecture)
+        self.chunks = torch.nn.ModuleList(wrap_data_parallel(gpt, self.run.parallel))
+
+    def configure_optimizers(self) -> LightningOptimizer:  # type: ignore[override]
+        """Megatron's AdamW and schedule over all steps of the run."""
+        return LightningOptimizer(
+            *build_optimizer(list(self.chunks), self.run.optim, self.run.parallel, self.run_data.total_steps)
+        )
+
+    # Data
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """None: weights come from Hugging Face folders."""
+
+    def setup_training_data(self, train_data_config: Any = None) -> None:
+        """Make the loader of this rank's steps, from the step that training has reached."""
+        self._train_dl = self.run_data.train_loader(*_data_parallel(), start_step=self.trainer.global_step)
+
+    def setup_validation_data(self, val_data_config: Any = None) -> None:
+        """Make the loader of this rank's held-out pairs."""
+        self._validation_dl = self.run_data.validation_loader(*_data_parallel())
+
+    def train_dataloader(self) -> Any:
+        """The steps still to do."""
+        self.setup_training_data()
+        return self._train_dl
+
+    def val_dataloader(self) -> Any:
+        """Held-out pairs; an empty list where there are none."""
+        self.setup_validation_data()
+        return self._validation_dl or []
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """Move the microbatches of a step."""
+        batch.microbatches = [microbatch.to(device) for microbatch in batch.microbatches]
+        batch.reference_microbatches = [microbatch.to(device) for microbatch in batch.reference_microbatches]
+        return batch
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint of this run must match to be resumed from."""
+        return {"method": repr(self.run.method), **self.run_data.fingerprints()}
+
+    def check_fingerprints(self, saved: dict[str, str]) -> None:
+        """Stop where a checkpoint was trained on something else.
+
+        Raises:
+            InputError: Names the first thing that differs.
+        """
+        for name, value in self.fingerprints().items():
+            if saved.get(name) != value:
+                raise InputError(
+                    f"{self.run.run_dir}, resume, {name}", str(value), f"what the checkpoint was trained on: {saved.get(name)}"
+                )
+
+    # Steps
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over one global batch."""
+        started = time.perf_counter()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        learning_rate = optimizer.lr
+        losses = self._run(batch, forward_only=False)
+        optimizer.step()
+        metrics = mean_metrics(losses, self.metric_names, local_device())
+        tokens = sum_over_data_parallel(batch.stats.tokens, local_device())
+        seconds = time.perf_counter() - started
+        shown = {name: metrics[name] for name in self.shown_metrics}
+        self.log_dict({**shown, "tokens_per_second": tokens / seconds}, prog_bar=True)
+        self.log_dict(
+            {
+                **{name: value for name, value in metrics.items() if name not in shown},
+                "lr": learning_rate,
+                "grad_norm": optimizer.grad_norm,
+                "step_seconds": seconds,
+                "tokens": float(tokens),
+            }
+        )
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Losses and metrics of held-out pairs, forward only."""
+        self._validation += self._run(batch, forward_only=True)
+
+    def on_validation_epoch_end(self) -> None:  # type: ignore[override]
+        """Log the means over all held-out pairs."""
+        metrics = mean_metrics(self._validation, self.metric_names, local_device())
+        self._validation.clear()
+        self.log_dict({f"val_{name}": value for name, value in metrics.items()})
+
+    def _run(self, batch: StepBatch, forward_only: bool) -> list[StepLoss]:
+        device = local_device()
+        batch.microbatches = equal_microbatches(batch.microbatches, self.run_data.filler, device)
+        if batch.reference_microbatches:
+            missing = len(batch.microbatches) - len(batch.reference_microbatches)
+            batch.reference_microbatches += [self.run_data.filler("reference").to(device) for _ in range(missing)]
+        self.prepare_step(batch)
+        return run_microbatches(
+            self.chunks, batch.microbatches, self.architecture.vocab_size, self.microbatch_loss, forward_only, device
+        )
+
+
+def _data_parallel() -> tuple[int, int]:
+    """Rank and size of the group whose ranks see different pairs."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -1,0 +1,82 @@
+"""The configuration of a run, typed; each part is defined beside what it configures."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctpd_nemo.data.config import DataConfig
+from ctpd_nemo.models.gpt import PrecisionConfig
+from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.parallel.optimizer import OptimConfig
+
+
+@dataclass
+class SideConfig:
+    """One of the two models.
+
+    Attributes:
+        path: Hugging Face folder of weights, config and tokenizer.
+        tokenizer: Folder of the tokenizer where it is another one.
+        chat_template: A chat template, or the path of a file with one, in place of the tokenizer's own.
+    """
+
+    path: str | None = None
+    tokenizer: str | None = None
+    chat_template: str | None = None
+
+
+@dataclass
+class ModelsConfig:
+    """Student and teacher."""
+
+    student: SideConfig = field(default_factory=SideConfig)
+    teacher: SideConfig = field(default_factory=SideConfig)
+
+
+@dataclass
+class TrainerConfig:
+    """The loop.
+
+    Attributes:
+        epochs: Passes over the training pairs.
+        max_steps: Stop after this many optimizer steps; ``None`` for all of ``epochs``.
+        validate_every: Steps between two passes over the validation pairs; 0 for one at the end.
+        checkpoint_every: Steps between two checkpoints; 0 for one at the end.
+        keep_checkpoints: How many of the newest checkpoints stay.
+        log_every: Steps between two rows of the logs.
+        resume: Go on from the newest checkpoint in the run folder, if there is one.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    validate_every: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    resume: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One training or scoring job.
+
+    Attributes:
+        method: The config of the method, one of the classes in ``models.methods``.
+        policy: Which of the two models is trained: "student" or "teacher".
+        run_dir: Folder that everything is written to.
+        seed: Seeds weights that are drawn, and the order of the data.
+    """
+
+    method: Any
+    policy: str = "student"
+    run_dir: str = "runs/train"
+    seed: int = 0
+    model: ModelsConfig = field(default_factory=ModelsConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def policy_side(self) -> SideConfig:
+        """The model that is trained."""
+        return self.model.student if self.policy == "student" else self.model.teacher

@@ -1,0 +1,188 @@
+"""The data of a run: opened, checked and cut into steps."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ctpd_nemo.data.batch import Microbatch, Responses, SideName, SpanScores
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
+from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
+from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.data.templates import Side
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig, SideConfig
+
+
+def load_side(config: SideConfig, key: str) -> Side:
+    """Tokenizer and chat template of one model.
+
+    Args:
+        config: Where they are.
+        key: The config key to name in an error, e.g. ``model.student``.
+
+    Raises:
+        InputError: There is no path, or no tokenizer at it.
+    """
+    folder = config.tokenizer or config.path
+    if folder is None:
+        raise InputError(f"{key}.path", "nothing", "a Hugging Face folder")
+    return Side(load_tokenizer(folder), config.chat_template)
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    """A tokenizer from a local folder; no code of the folder is run.
+
+    Raises:
+        InputError: There is none.
+    """
+    if not (Path(folder) / "tokenizer.json").is_file():
+        found = "no tokenizer.json" if Path(folder).is_dir() else "no such folder"
+        raise InputError(folder, found, "a folder with a Hugging Face fast tokenizer (tokenizer.json)")
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # parsers of several libraries, each with errors of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(folder, f"a tokenizer that cannot be read ({reason})", "a Hugging Face tokenizer") from error
+
+
+class RunData:
+    """Datasets, encoder and loaders of a run.
+
+    Attributes:
+        policy_path: Folder of the model that is trained.
+        policy: Tokenizer and template of the model that is trained.
+        reference: Those of the model it is measured against; ``None`` where it reads as the policy does.
+        train: Training pairs.
+        validation: Held-out pairs, ``None`` where there are none.
+        plan: Which pairs each step sees.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        responses: Responses,
+        two_sided: bool,
+        online: bool = False,
+        scores: SpanScores | None = None,
+    ) -> None:
+        """Open and check everything that the run reads.
+
+        Args:
+            run: The configuration.
+            responses: Both responses of a pair, or the chosen ones alone.
+            two_sided: The policy is the student and its reference the teacher, with a tokenizer of its own.
+            online: Also build the reference's microbatches, to score them as training goes.
+            scores: Span scores by pair id; a Protocol of ``data.batch``.
+
+        Raises:
+            InputError: A config value, file or tokenizer cannot be used.
+        """
+        run.data.check()
+        self.run = run
+        if run.policy not in ("student", "teacher"):
+            raise InputError("policy", repr(run.policy), "student or teacher")
+        side = run.policy_side()
+        if side.path is None:
+            raise InputError(f"model.{run.policy}.path", "nothing", "a Hugging Face folder")
+        self.policy_path = side.path
+        self.policy = load_side(side, f"model.{run.policy}")
+        self.reference = load_side(run.model.teacher, "model.teacher") if two_sided else None
+        self.encoder = PairEncoder(
+            self.policy, self.reference, run.data.include_eos, run.data.max_length, run.data.max_prompt_length
+        )
+        self.scores = scores
+        parallel = run.parallel
+        self.batching = Batching(
+            run.data.microbatch_tokens,
+            online=online,
+            responses=responses,
+            padding=run.data.packing,  # type: ignore[arg-type]
+            pad_to_multiple=parallel.tensor if parallel.sequence else 1,
+        )
+        if not run.data.train:
+            raise InputError("data.train", "no files", "one or more preference files")
+        self.train = open_preferences(run.data.train, split=run.data.split, on_bad=run.data.on_bad)
+        self.validation = (
+            open_preferences(run.data.validation, split=run.data.split, on_bad=run.data.on_bad)
+            if run.data.validation
+            else None
+        )
+        self.plan = StepPlan(
+            len(self.train),
+            run.data.global_batch_size,
+            epochs=run.trainer.epochs,
+            max_steps=run.trainer.max_steps,
+            shuffle=run.data.shuffle,
+            seed=run.seed,
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.plan.total_steps
+
+    def train_loader(self, dp_rank: int, dp_size: int, start_step: int) -> StepLoader:
+        """Steps of training from ``start_step`` on."""
+        return self._loader(self.train, self.plan, self.batching, dp_rank, dp_size, start_step)
+
+    def validation_loader(self, dp_rank: int, dp_size: int) -> StepLoader | None:
+        """Held-out pairs in file order, a global batch at a time; ``None`` where there are none."""
+        if self.validation is None:
+            return None
+        plan = StepPlan.in_order(len(self.validation), self.run.data.global_batch_size)
+        return self._loader(self.validation, plan, self.batching, dp_rank, dp_size, 0)
+
+    def _loader(
+        self,
+        dataset: PreferenceDataset,
+        plan: StepPlan,
+        batching: Batching,
+        dp_rank: int,
+        dp_size: int,
+        start_step: int,
+    ) -> StepLoader:
+        return build_step_loader(
+            dataset,
+            self.encoder,
+            plan,
+            batching,
+            scores=self.scores,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            start_step=start_step,
+            num_workers=self.run.data.num_workers,
+        )
+
+    def filler(self, side: SideName = "policy") -> Microbatch:
+        """A microbatch without pairs."""
+        pad = (self.encoder.policy if side == "policy" else self.encoder.reference).pad_token_id
+        return Microbatch.filler(self.batching.pad_to_multiple, pad)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What the order and content of the training data depend on, by name."""
+        data = self.run.data
+        sides = {"policy": self.policy} | ({"reference": self.reference} if self.reference else {})
+        return {
+            "data": self.train.fingerprint,
+            "batches": f"{data.global_batch_size} pairs a step, seed {self.run.seed}, shuffle {data.shuffle}",
+            "lengths": f"max_length {data.max_length}, max_prompt_length {data.max_prompt_length}, "
+            f"include_eos {data.include_eos}",
+            **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
+            **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
+        }
+
+
+def check_vocabulary(side: Side, vocab_size: int, folder: str) -> None:
+    """Stop where a tokenizer can give an id that the weights have no row for.
+
+    Raises:
+        InputError: It can.
+    """
+    largest = max(side.tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise InputError(
+            folder,
+            f"a tokenizer with ids up to {largest} and weights of {vocab_size} rows",
+            "an embedding with a row for every id",
+        )

@@ -1,0 +1,162 @@
+"""One pass over the microbatches of a step, through Megatron-Core's forward/backward schedules."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer import MegatronModule
+from megatron.core.utils import get_attr_wrapped_model
+from torch import Tensor
+
+from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.losses.logprobs import token_logprobs
+
+
+@dataclass
+class StepLoss:
+    """What a method makes of one microbatch.
+
+    Attributes:
+        total: Sum of the losses, a differentiable scalar.
+        count: How many losses were summed: pairs, or tokens; gradients are divided by the count of the whole batch.
+        sums: Detached scalars to report, each a sum whose mean is over ``counts``.
+        counts: For each of ``sums``, what its mean is over.
+    """
+
+    total: Tensor
+    count: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+# (log-probs of the response tokens fp32 [N], span of each int64 [N], microbatch) -> loss
+LossFunction = Callable[[Tensor, Tensor, Microbatch], StepLoss]
+
+
+def packed_seq_params(microbatch: Microbatch) -> PackedSeqParams:
+    """Where the sequences of a microbatch begin and end, for attention and rotary embedding."""
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=microbatch.max_seqlen,
+        max_seqlen_kv=microbatch.max_seqlen,
+    )
+
+
+def output_weight(model: GPTModel) -> Tensor:
+    """This rank's rows of the output layer ``[V, H]``; the embedding where the two are tied."""
+    if model.share_embeddings_and_output_weights:
+        return model.shared_embedding_or_output_weight()
+    return model.output_layer.weight
+
+
+def response_logprobs(
+    model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens, at the positions that predict them.
+
+    Returns:
+        Log-probs fp32 ``[N]`` and the span of each, int64 ``[N]``.
+    """
+    position_N = (microbatch.labels >= 0).nonzero().squeeze(1)
+    logprobs_N = token_logprobs(
+        hidden_1TH[0].index_select(0, position_N),
+        output_weight(model),
+        microbatch.labels[position_N],
+        vocab_size,
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    return logprobs_N, microbatch.span_ids[position_N].long()
+
+
+def run_microbatches(
+    chunks: Sequence[MegatronModule],
+    microbatches: Sequence[Microbatch],
+    vocab_size: int,
+    evaluate: LossFunction,
+    forward_only: bool,
+    device: torch.device,
+) -> list[StepLoss]:
+    """Forward, and unless ``forward_only`` backward, over all microbatches in pipeline order.
+
+    Gradients end in the chunks' buffers, reduced over the data-parallel group and divided by the total count.
+
+    Returns:
+        The method's result of each microbatch on the last pipeline stage; an empty list on the others.
+    """
+
+    def finish(model: GPTModel, microbatch: Microbatch, hidden_1TH: Tensor) -> tuple[Tensor, Tensor, StepLoss]:
+        loss = evaluate(*response_logprobs(model, hidden_1TH, microbatch, vocab_size), microbatch)
+        count = torch.tensor(loss.count, dtype=torch.int, device=device)
+        total, loss.total = loss.total, loss.total.detach()
+        return total, count, loss
+
+    def forward_step(batches: Iterator[Microbatch], model: MegatronModule) -> tuple[Tensor, Any]:
+        microbatch = next(batches)
+        output = model(
+            microbatch.tokens[None],
+            microbatch.position_ids[None],
+            None,
+            packed_seq_params=packed_seq_params(microbatch),
+        )
+        gpt = get_attr_wrapped_model(model, "share_embeddings_and_output_weights", return_model_obj=True)
+        return output, partial(finish, gpt, microbatch)
+
+    batches = [iter(microbatches) for _ in chunks]
+    with torch.set_grad_enabled(not forward_only):
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=list(chunks),
+            num_microbatches=len(microbatches),
+            # Read by the schedules for buffer shapes; with a pipeline every microbatch announces its own length.
+            seq_length=max(microbatch.num_tokens for microbatch in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+def mean_metrics(losses: Sequence[StepLoss], names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Means over the whole batch of all data-parallel ranks, equal on every rank of the job.
+
+    Args:
+        losses: What this rank's last stage computed; empty on other stages.
+        names: The metrics of the method, in an order that all ranks share.
+        device: Where to reduce.
+    """
+    table = torch.zeros(2, len(names), dtype=torch.float64, device=device)
+    for loss in losses:
+        for column, name in enumerate(names):
+            table[0, column] += loss.sums[name]
+            table[1, column] += loss.counts[name]
+    # Stages other than the last add zero; tensor- and context-parallel ranks add equal copies, which cancel in the mean.
+    dist.all_reduce(table)
+    mean = table[0] / table[1].clamp(min=1)
+    return dict(zip(names, mean.tolist(), strict=True))
+
+
+def sum_over_data_parallel(value: int, device: torch.device) -> int:
+    """The sum of a count over the data-parallel ranks."""
+    total = torch.tensor(value, device=device)
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return int(total)
+
+
+def equal_microbatches(
+    microbatches: list[Microbatch], filler: Callable[[], Microbatch], device: torch.device
+) -> list[Microbatch]:
+    """Add empty microbatches until every data-parallel rank has equally many.
+
+    Ranks step together: collectives inside the forward pass (FP8 scaling, expert groups) must be met by all.
+    """
+    most = torch.tensor(len(microbatches), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=parallel_state.get_data_parallel_group())
+    return microbatches + [filler().to(device) for _ in range(int(most) - len(microbatches))]

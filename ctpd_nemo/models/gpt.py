@@ -1,0 +1,193 @@
+"""A Megatron-Core GPT model from an architecture, a layout and a precision."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from ctpd_nemo.convert.architecture import Architecture
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.layers import block_spec, layer_spec, transformer_engine_available
+from ctpd_nemo.parallel.layout import ParallelConfig
+
+
+@dataclass
+class PrecisionConfig:
+    """Number formats of weights and activations; gradients and optimizer state are fp32.
+
+    Attributes:
+        dtype: "fp32" or "bf16".
+    """
+
+    dtype: str = "bf16"
+
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights and activations."""
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+        if self.dtype not in dtypes:
+            raise InputError("precision.dtype", repr(self.dtype), " or ".join(dtypes))
+        return dtypes[self.dtype]
+
+
+class HiddenStateOutput(ColumnParallelLinear):
+    """The output layer's weight without its product: forward returns the hidden states.
+
+    Log-probs need the logits of response positions only, and never all at once (``losses.logprobs``). So the model
+    ends at the final norm, whole over the tensor-parallel group, and the loss brings hidden states and weight together.
+    """
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, None]:
+        """Hidden states ``[T, 1, H]`` of all positions, gathered where the sequence is sharded.
+
+        The gradient that comes back is the share of this rank's vocabulary; both ways out sum it over the group.
+        """
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True), None
+        return copy_to_tensor_model_parallel_region(input_), None
+
+
+def _leave_empty(weight: Tensor) -> Tensor:
+    return weight
+
+
+def transformer_config(
+    architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, use_transformer_engine: bool
+) -> TransformerConfig:
+    """Megatron-Core's config of a dense decoder.
+
+    Raises:
+        InputError: The sizes do not divide.
+    """
+    _check_divisible(architecture, parallel)
+    dtype = precision.torch_dtype()
+    window = architecture.sliding_window
+    recompute = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
+    if parallel.recompute == "full":
+        recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.head_dim,
+        layernorm_epsilon=architecture.norm_eps,
+        normalization="RMSNorm",
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        window_size=None if window is None else (window - 1, 0),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Every weight is read from a folder, so nothing is drawn at random first. Initialization itself stays on: it
+        # also marks which parameters are shards, without which the norm of the gradient misses the other ranks' parts.
+        init_method=_leave_empty,
+        output_layer_init_method=_leave_empty,
+        embedding_init_method=_leave_empty,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # Losses are sums; one division by the number of pairs (or tokens) of the whole batch follows, whatever the
+        # microbatches and ranks they came in.
+        calculate_per_token_loss=True,
+        variable_seq_lengths=parallel.pipeline > 1,
+        # Names a dispatcher of experts, of which there are none: the default refuses variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        # Megatron's fusions are compiled kernels for the GPU.
+        bias_activation_fusion=use_transformer_engine,
+        bias_dropout_fusion=use_transformer_engine,
+        masked_softmax_fusion=use_transformer_engine,
+        apply_rope_fusion=use_transformer_engine,
+        gradient_accumulation_fusion=False,
+        **recompute,
+    )
+
+
+def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if architecture.num_layers % chunks:
+        raise InputError(
+            "parallel.pipeline",
+            f"{chunks} chunks for a model of {architecture.num_layers} layers",
+            "a number of chunks that divides the layers",
+        )
+    for what in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(architecture, what) % parallel.tensor:
+            raise InputError(
+                "parallel.tensor",
+                f"{parallel.tensor} for a model of {what} {getattr(architecture, what)}",
+                f"a size that divides {what}",
+            )
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding once every rank of the tensor-parallel group holds equally many."""
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
+
+
+def build_gpt(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> list[GPTModel]:
+    """The model chunks of this rank, on its device, weights not yet set.
+
+    Returns:
+        One ``GPTModel``, or one a virtual pipeline stage. Forward returns hidden states ``[1, T, H]`` on the last stage.
+
+    Raises:
+        InputError: The sizes of architecture and layout do not fit.
+    """
+    use_te = transformer_engine_available()
+    config = transformer_config(architecture, parallel, precision, use_te)
+    layer = layer_spec(architecture.qk_norm, use_te)
+    chunks = parallel.virtual_pipeline or 1
+    block = block_spec(layer, architecture.num_layers // (parallel.pipeline * chunks), use_te)
+    return [
+        _build_chunk(architecture, parallel, config, block, vp_stage if chunks > 1 else None)
+        for vp_stage in range(chunks)
+    ]
+
+
+def _build_chunk(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    block: object,
+    vp_stage: int | None,
+) -> GPTModel:
+    at = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=padded_vocab_size(architecture.vocab_size, parallel.tensor),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**at),
+        post_process=parallel_state.is_pipeline_last_stage(**at),
+        share_embeddings_and_output_weights=architecture.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(architecture.rope_theta),
+        vp_stage=vp_stage,
+    )
+    # Megatron scales frequencies for one kind of rope; the architecture holds those of whatever kind the model names.
+    model.rotary_pos_emb.inv_freq = torch.tensor(
+        architecture.inv_freq, dtype=torch.float32, device=model.rotary_pos_emb.inv_freq.device
+    )
+    if model.post_process:
+        # Nothing of the layer changes but what its forward returns, so parameters and checkpoint keys stay Megatron's.
+        model.output_layer.__class__ = HiddenStateOutput
+    return model.to(dtype=config.params_dtype) if config.bf16 else model

@@ -1,0 +1,34 @@
+"""The methods by name: the config of each, its model, and the data it asks for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ctpd_nemo.data.batch import Responses
+from ctpd_nemo.models.base import MegatronModel
+from ctpd_nemo.models.ctpd import CTPD, CTPDConfig
+from ctpd_nemo.models.dpo import DPO, DPOConfig
+from ctpd_nemo.models.sft import SFT, SFTConfig
+
+
+@dataclass(frozen=True)
+class Method:
+    """What there is to know about a method before it runs.
+
+    Attributes:
+        config: Dataclass of its config; with ``check()`` where values can contradict each other.
+        model: Its NeMo model.
+        responses: What it trains on.
+        two_sided: Whether the reference reads with a tokenizer of its own: the student is trained on the teacher.
+    """
+
+    config: type[Any]
+    model: type[MegatronModel]
+    responses: Responses
+    two_sided: bool
+
+
+METHODS = {
+    "sft": Method(SFTConfig, SFT, ("chosen",), two_sided=False),
+    "dpo": Method(DPOConfig, DPO, ("chosen", "rejected"), two_sided=False),
+    "ctpd": Method(CTPDConfig, CTPD, ("chosen", "rejected"), two_sided=True),
+}

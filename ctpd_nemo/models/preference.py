@@ -1,0 +1,61 @@
+"""What DPO and CTPD share: the loss over spans, its metrics, and a reference beside the policy."""
+
+from abc import abstractmethod
+
+from torch import Tensor
+
+from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.losses.preference import preference_loss
+from ctpd_nemo.losses.spans import sum_by
+from ctpd_nemo.models.base import MegatronModel
+from ctpd_nemo.models.forward import StepLoss
+
+
+class PreferenceModel(MegatronModel):
+    """A model trained on pairs against a reference, with a weight a span."""
+
+    metric_names = (
+        "loss",
+        "accuracy",
+        "margin",
+        "reward_chosen",
+        "reward_rejected",
+        "logprob_chosen",
+        "logprob_rejected",
+    )
+    shown_metrics = ("loss", "margin", "accuracy")
+
+    @property
+    @abstractmethod
+    def beta(self) -> float:
+        """Strength of the pull to the reference."""
+
+    def pair_ends(self, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+        """The preferred and the other response of each pair, int32 ``[P]``."""
+        return microbatch.chosen, microbatch.rejected
+
+    def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+        """The sum of the pairs' losses; counted in pairs."""
+        policy_S = sum_by(logprobs_N, span_N, microbatch.num_spans)
+        response_S = microbatch.span_response.long()
+        preferred_P, other_P = (end.long() for end in self.pair_ends(microbatch))
+        loss = preference_loss(
+            policy_S,
+            microbatch.reference_logprobs,
+            microbatch.span_weights,
+            response_S,
+            preferred_P,
+            other_P,
+            self.beta,
+        )
+        logprob_R = sum_by(policy_S.detach(), response_S, microbatch.num_responses)
+        sums = {
+            "loss": loss.pair.sum(),
+            "accuracy": (loss.margin > 0).sum(),
+            "margin": loss.margin.sum(),
+            "reward_chosen": loss.chosen_reward.sum(),
+            "reward_rejected": loss.rejected_reward.sum(),
+            "logprob_chosen": logprob_R[preferred_P].sum(),
+            "logprob_rejected": logprob_R[other_P].sum(),
+        }
+        return StepLoss(loss.total, microbatch.num_pairs, sums, dict.fromkeys(sums, microbatch.num_pairs))

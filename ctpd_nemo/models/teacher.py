@@ -1,0 +1,47 @@
+"""A frozen model that scores spans: the teacher beside the student, or alone in a scoring job."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.convert.load import load_hf_weights
+from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.losses.spans import sum_by
+from ctpd_nemo.models.forward import StepLoss, run_microbatches
+from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.parallel.layout import ParallelConfig, local_device
+
+
+class FrozenModel:
+    """Weights that never change, forward only.
+
+    Attributes:
+        architecture: Of the folder it was read from.
+    """
+
+    def __init__(self, path: str, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+        """Read a Hugging Face folder into this rank's part of the layout; process groups must be there.
+
+        Raises:
+            InputError: The folder cannot be used.
+        """
+        self.architecture = read_architecture(path)
+        self.chunks = build_gpt(self.architecture, parallel, precision)
+        load_hf_weights(self.chunks, path, self.architecture)
+        for chunk in self.chunks:
+            chunk.requires_grad_(False).eval()
+
+    def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Span log-probs of each microbatch, fp32 ``[num_spans]``, on the last pipeline stage; elsewhere nothing.
+
+        Every rank of the layout calls this together, with as many microbatches.
+        """
+        spans: list[Tensor] = []
+
+        def collect(logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+            spans.append(sum_by(logprobs_N, span_N, microbatch.num_spans))
+            return StepLoss(total=logprobs_N.sum(), count=0)
+
+        run_microbatches(self.chunks, microbatches, self.architecture.vocab_size, collect, True, local_device())
+        return spans

@@ -1,0 +1,168 @@
+"""Distributed checkpoints: Megatron-Core's ``torch_dist`` format, written by any layout and read by any other.
+
+A checkpoint is a folder. It is written under a temporary name and renamed when every rank is done, so a folder with
+the final name is whole.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer import MegatronModule
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.optimizer import LightningOptimizer
+
+_WRITING = ".writing"
+# The optimizer state as one tensor a parameter: the only kind that other layouts can read.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds beside tensors.
+
+    Attributes:
+        trainer: JSON-like state of the training loop: counters, callbacks, the position in the data.
+        fingerprints: What the run was trained on; compared on resume.
+    """
+
+    trainer: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+def _model_state(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
+    if len(chunks) == 1:
+        return {"model": chunks[0].sharded_state_dict()}
+    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _rng_object() -> ShardedObject:
+    """The random states of this rank; ranks of one data-parallel group hold the same."""
+    pipeline, tensor = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    return ShardedObject(
+        "rng_state",
+        _rng_state(),
+        (pipeline.size(), tensor.size()),
+        (pipeline.rank(), tensor.rank()),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def save(
+    folder: str | Path, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None, state: TrainState
+) -> None:
+    """Write a checkpoint; every rank of the job calls this together.
+
+    Args:
+        folder: The final name; an existing folder of that name is replaced once the new one is whole.
+        chunks: Model chunks of this rank.
+        optimizer: ``None`` writes weights only.
+        state: The rest, equal on every rank.
+    """
+    final = Path(folder)
+    writing = final.with_name(final.name + _WRITING)
+    if dist.get_rank() == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+    dist.barrier()
+    sharded = _model_state(chunks)
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.megatron.sharded_state_dict(sharded, metadata=_SHARDING)
+        sharded["scheduler"] = optimizer.scheduler.state_dict()
+        sharded["rng"] = _rng_object()
+    # JSON, so that reading it back needs no pickle.
+    sharded["state"] = json.dumps({"trainer": state.trainer, "fingerprints": state.fingerprints})
+    dist_checkpointing.save(sharded, str(writing), content_metadata=_SHARDING)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(writing, final)
+    dist.barrier()
+
+
+def remove(folder: str | Path) -> None:
+    """Delete a checkpoint; rank 0 does it."""
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_is_checkpoint(folder: str | Path) -> None:
+    """Stop with an ``InputError`` where ``folder`` is not a whole checkpoint."""
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        found = "a folder without metadata.json" if Path(folder).is_dir() else "nothing"
+        raise InputError(str(folder), found, "a checkpoint folder written by training")
+
+
+def read_state(folder: str | Path) -> TrainState:
+    """The part of a checkpoint that is no tensor."""
+    check_is_checkpoint(folder)
+    return TrainState(**json.loads(dist_checkpointing.load_common_state_dict(str(folder))["state"]))
+
+
+def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None) -> TrainState:
+    """Fill model, optimizer, schedule and random states of this rank from a checkpoint of any layout.
+
+    Random states are those of the same rank where the layout is the same; another layout keeps its own.
+
+    Raises:
+        InputError: The folder is no whole checkpoint.
+    """
+    check_is_checkpoint(folder)
+    sharded = _model_state(chunks)
+    if optimizer is not None:
+        sharded["optimizer"] = optimizer.megatron.sharded_state_dict(sharded, is_loading=True, metadata=_SHARDING)
+        saved = read_state(folder)
+        if saved.fingerprints.get("layout") == layout_name():
+            sharded["rng"] = _rng_object()
+    loaded = dist_checkpointing.load(sharded, str(folder))
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+    if optimizer is not None:
+        optimizer.megatron.load_state_dict(loaded["optimizer"])
+        optimizer.scheduler.load_state_dict(loaded["scheduler"])
+        if "rng" in sharded:
+            torch.set_rng_state(loaded["rng"]["torch"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state(loaded["rng"]["device"])
+            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+    return TrainState(**json.loads(loaded["state"]))
+
+
+def layout_name() -> str:
+    """The model-parallel sizes of this job in one word; checkpoints of equal names hold equal random states."""
+    return (
+        f"tp{parallel_state.get_tensor_model_parallel_world_size()}"
+        f"-pp{parallel_state.get_pipeline_model_parallel_world_size()}"
+    )
+
+
+def read_tensor(folder: str | Path, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """One whole tensor of a checkpoint, whatever layout wrote it; needs no model and a single process.
+
+    Args:
+        folder: A checkpoint folder.
+        key: Megatron's key, e.g. ``decoder.layers.mlp.linear_fc2.weight`` (layers stacked in front).
+        shape: Global shape of the tensor.
+        dtype: Its dtype.
+    """
+    data = torch.empty(tuple(shape), dtype=dtype)
+    tensor = ShardedTensor.from_rank_offsets(key, data, replica_id=0)
+    return dist_checkpointing.load({"tensor": tensor}, str(folder), validate_access_integrity=False)["tensor"]

@@ -1,0 +1,117 @@
+"""Parallel sizes, and the process groups that they stand for."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.cpu import enable_cpu_execution
+
+
+@dataclass
+class ParallelConfig:
+    """How one job is cut over its processes. The data-parallel size is what is left of the world size.
+
+    Attributes:
+        tensor: Tensor-parallel size.
+        pipeline: Pipeline-parallel size.
+        virtual_pipeline: Model chunks a pipeline stage holds (interleaved schedule); ``None`` for one.
+        context: Context-parallel size; needs Transformer Engine's attention.
+        sequence: Sequence parallelism within the tensor-parallel group.
+        distributed_optimizer: Shard optimizer state over the data-parallel group.
+        recompute: Activations to recompute in the backward pass: "none", "selective" (core attention) or "full".
+        overlap_grad_reduce: Reduce gradients while the backward pass goes on.
+        overlap_param_gather: Gather parameters while the forward pass goes on; needs the distributed optimizer.
+        timeout_minutes: After how long a collective that does not return is an error.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    sequence: bool = False
+    distributed_optimizer: bool = False
+    recompute: str = "none"
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    timeout_minutes: int = 30
+
+    def check(self, world_size: int) -> None:
+        """Stop with an ``InputError`` where these sizes cannot make a layout of ``world_size`` processes."""
+        for name in ("tensor", "pipeline", "context"):
+            if getattr(self, name) < 1:
+                raise InputError(f"parallel.{name}", str(getattr(self, name)), "1 or more")
+        model = self.tensor * self.pipeline * self.context
+        if world_size % model:
+            raise InputError(
+                "parallel",
+                f"tensor {self.tensor} x pipeline {self.pipeline} x context {self.context} = {model} "
+                f"in a world of {world_size} processes",
+                "a product that divides the number of processes",
+            )
+        if self.virtual_pipeline is not None and (self.virtual_pipeline < 2 or self.pipeline < 2):
+            raise InputError(
+                "parallel.virtual_pipeline",
+                f"{self.virtual_pipeline} with pipeline {self.pipeline}",
+                "2 or more chunks on 2 or more stages, or null",
+            )
+        if self.sequence and self.tensor == 1:
+            raise InputError("parallel.sequence", "true with tensor 1", "tensor parallelism of 2 or more")
+        if self.recompute not in ("none", "selective", "full"):
+            raise InputError("parallel.recompute", repr(self.recompute), "none, selective or full")
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise InputError(
+                "parallel.overlap_param_gather", "true", "distributed_optimizer and overlap_grad_reduce to be true too"
+            )
+        if self.context > 1 and not torch.cuda.is_available():
+            raise InputError("parallel.context", str(self.context), "1 without a GPU: it needs Transformer Engine")
+
+
+def local_device() -> torch.device:
+    """The device of this process: its own GPU under ``torchrun``, else the first one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def world_size() -> int:
+    """Processes of the job: what ``torchrun`` says, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
+    """Build the process groups of a layout and seed the random states of every rank.
+
+    The default group is made once a process; a later call with another layout replaces Megatron's groups only, so that
+    stages of different layouts follow each other in one job.
+
+    Raises:
+        InputError: The sizes cannot make a layout of the processes there are.
+    """
+    parallel.check(world_size())
+    on_cpu = enable_cpu_execution()
+    if not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+        backend = "gloo" if on_cpu else "nccl"
+        if not on_cpu:
+            torch.cuda.set_device(local_device())
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=not on_cpu,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
