@@ -97,8 +97,8 @@ def fill_parameter(
     if padded is not None and padded < architecture.vocab_size:
         raise InputError(str(reader.folder), f"vocab_size = {architecture.vocab_size}", f"at most the model's {padded}")
     blocks = shard_blocks(name, architecture, tp_rank, tp_size, padded)
-    if padded is None and tuple(destination.shape) != blocks_shape(blocks, architecture):
-        shape = blocks_shape(blocks, architecture)
+    shape = blocks_shape(blocks, architecture) if padded is None else (len(destination), architecture.hidden_size)
+    if tuple(destination.shape) != shape:
         raise InputError(str(reader.folder), f"{name} of shape {shape}", f"the model's {tuple(destination.shape)}")
     at = 0
     for block in blocks:
@@ -113,6 +113,8 @@ def _check_parameters(
     parameters: dict[str, torch.nn.Parameter], chunk: GPTModel, architecture: Architecture, folder: str
 ) -> None:
     """The chunk has the parameters that the architecture gives these layers and ends, each once and no other."""
+    if chunk.config.num_layers != architecture.num_layers:
+        raise InputError(folder, f"{architecture.num_layers} layers", f"the model's {chunk.config.num_layers}")
     expected = {
         layer_name(layer.layer_number - 1, parameter)
         for layer in chunk.decoder.layers
@@ -125,8 +127,6 @@ def _check_parameters(
         # With one stage, a tied output layer uses the embedding's parameter; a last stage of several has a copy.
         if not (architecture.tied_embeddings and chunk.pre_process):
             expected.add(OUTPUT)
-    if chunk.config.num_layers != architecture.num_layers:
-        raise InputError(folder, f"{architecture.num_layers} layers", f"the model's {chunk.config.num_layers}")
     for name in sorted(expected.symmetric_difference(parameters)):
         if name in parameters:
             raise InputError(folder, f"no weights for the model's {name}", "weights for every parameter")

@@ -104,7 +104,8 @@ class JsonLines:
         start, end = int(self._starts[row]), int(self._ends[row])
         raw = os.pread(self._file.fileno(), end - start, start)
         try:
-            value = json.loads(raw.decode("utf-8-sig" if start == 0 else "utf-8"))
+            # Without its line break, so that an error at the end is not one in the next line.
+            value = json.loads(raw.decode("utf-8-sig" if start == 0 else "utf-8").rstrip())
         except UnicodeDecodeError as error:
             found = f"the byte 0x{raw[error.start]:02x} at byte {error.start} of the line"
             raise RowError("invalid_utf8", found, "UTF-8") from None

@@ -210,10 +210,16 @@ class StepLoader(DataLoader[StepBatch]):
         self.dataset.prepare()
         with _tokenizers_may_fork():
             steps = super().__iter__()
+        error = None
         for step in steps:
             if isinstance(step, InputError):
-                raise step
+                error = step
+                break
             yield step
+        # Ends the workers now. Held by the error's traceback, they would wait seconds for the garbage collector.
+        del steps
+        if error is not None:
+            raise error
 
 
 def build_step_loader(

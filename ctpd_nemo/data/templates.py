@@ -60,7 +60,9 @@ class Side:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special or token.content in roles
         }
-        self._control_ids = np.array(sorted(self._control_tokens), dtype=np.int64)
+        # A model may write its unknown token for any text. GPT-2's never does: there that name is one more of EOS's.
+        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+        self._control_ids = np.array(sorted(set(self._control_tokens) - unknown), dtype=np.int64)
         longest_first = sorted(self._control_tokens.values(), key=len, reverse=True)
         # The empty lookahead matches nowhere, as an empty list of tokens should.
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -72,7 +74,7 @@ class Side:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer's content, whatever folder it was loaded from."""
-        # Before its tokens the JSON has truncation and padding: left by whoever called the tokenizer last, no part of it.
+        # In front stand truncation and padding: left there by whoever called the tokenizer last, no part of what it is.
         _, _, content = self.tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
         return _fingerprint(content)
 
@@ -178,15 +180,15 @@ class Side:
         return self._template_controls[roles]
 
     @cached_property
-    def _role_backend(self) -> tuple[Tokenizer, dict[str, str]]:
-        """A copy of the tokenizer whose control tokens have unguessable strings, and those strings by the real ones.
+    def _role_backend(self) -> tuple[Tokenizer, dict[str, tuple[int, str]]]:
+        """A copy of the tokenizer whose control tokens have unguessable strings; by real string, id and that string.
 
         Its model cannot build a control token from text either, so a string becomes one only where we put it.
         """
         backend, spec = text_backend(self.tokenizer)
         backend.encode_special_tokens = False
         secret = {token["id"]: token["content"] for token in spec["added_tokens"]}
-        return backend, {content: secret[index] for index, content in self._control_tokens.items()}
+        return backend, {content: (index, secret[index]) for index, content in self._control_tokens.items()}
 
     def _encode_by_role(self, prompt: Sequence[Message], rendered: str) -> NDArray[np.int64]:
         """Tokenize a rendered prompt with the control tokens of the template alone.
@@ -210,17 +212,18 @@ class Side:
                 f"{self._place}, chat template", found, "messages without " + ", ".join(sorted(set(written)))
             )
         backend, secret_of = self._role_backend
-        controls: list[str] = []
+        by_template: list[int] = []
 
         def show(found: re.Match[str]) -> str:
             if found[1]:
                 return written[int(found[1])]
-            controls.append(found[0])
-            return secret_of[found[0]]
+            index, secret = secret_of[found[0]]
+            by_template.append(index)
+            return secret
 
         text = re.sub(f"{mark_pattern.pattern}|{self._control_pattern.pattern}", show, marked)
         ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        if len(self._controls_of(ids)) != len(controls):
+        if not np.array_equal(self._controls_of(ids), self._controls_of(np.array(by_template, dtype=np.int64))):
             found = "a message in which the tokenizer's model sees a control token"
             raise InputError(self._place, found, "control tokens that only their own strings make")
         return ids

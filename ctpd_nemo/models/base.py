@@ -42,6 +42,8 @@ class MegatronModel(ModelPT):
         shown_metrics: Those of them that the progress bar shows.
         run: The configuration.
         run_data: Datasets, encoder and loaders.
+        last_metrics: Of the last training step, means over its global batch.
+        last_validation: Of the last pass over the held-out pairs.
     """
 
     metric_names: ClassVar[tuple[str, ...]]
@@ -63,6 +65,8 @@ class MegatronModel(ModelPT):
             longest = self.architecture.max_position_embeddings
             raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
         self.chunks: Sequence[Any] = []
+        self.last_metrics: dict[str, float] = {}
+        self.last_validation: dict[str, float] = {}
         self._validation: list[StepLoss] = []
 
     @abstractmethod
@@ -155,17 +159,16 @@ class MegatronModel(ModelPT):
         metrics = mean_metrics(losses, self.metric_names, local_device())
         tokens = sum_over_data_parallel(batch.stats.tokens, local_device())
         seconds = time.perf_counter() - started
-        shown = {name: metrics[name] for name in self.shown_metrics}
-        self.log_dict({**shown, "tokens_per_second": tokens / seconds}, prog_bar=True)
-        self.log_dict(
-            {
-                **{name: value for name, value in metrics.items() if name not in shown},
-                "lr": learning_rate,
-                "grad_norm": optimizer.grad_norm,
-                "step_seconds": seconds,
-                "tokens": float(tokens),
-            }
-        )
+        self.last_metrics = {
+            **metrics,
+            "lr": learning_rate,
+            "grad_norm": optimizer.grad_norm,
+            "tokens": float(tokens),
+            "step_seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+        }
+        for name, value in self.last_metrics.items():
+            self.log(name, value, prog_bar=name in (*self.shown_metrics, "tokens_per_second"))
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Losses and metrics of held-out pairs, forward only."""
@@ -175,7 +178,8 @@ class MegatronModel(ModelPT):
         """Log the means over all held-out pairs."""
         metrics = mean_metrics(self._validation, self.metric_names, local_device())
         self._validation.clear()
-        self.log_dict({f"val_{name}": value for name, value in metrics.items()})
+        self.last_validation = {f"val_{name}": value for name, value in metrics.items()}
+        self.log_dict(self.last_validation)
 
     def _run(self, batch: StepBatch, forward_only: bool) -> list[StepLoss]:
         device = local_device()

@@ -23,6 +23,7 @@ class CTPDConfig:
         beta: Strength of the pull to the teacher.
         reference: "cache" reads ``scores``; "online" holds the teachers beside the student.
         scores: Span score cache with the roles reference, positive and negative, where ``reference`` is "cache".
+        scoring_precision: The precision those scores were computed in; ``None`` for that of this run.
         positive: Folder of the teacher trained by DPO, where ``reference`` is "online".
         negative: Folder of the teacher trained on swapped pairs, likewise.
         weights: "contrastive_teacher" (section 3.4), or "uniform": every weight is 1.
@@ -35,6 +36,7 @@ class CTPDConfig:
     beta: float = 0.1
     reference: str = "cache"
     scores: str | None = None
+    scoring_precision: str | None = None
     positive: str | None = None
     negative: str | None = None
     weights: str = "contrastive_teacher"

@@ -20,6 +20,7 @@ class DPOConfig:
         reverse: Prefer the rejected response: trains the negative teacher.
         reference: "online" keeps the starting weights beside the policy; "cache" reads ``scores``.
         scores: Span score cache of the starting weights on their own tokens, where ``reference`` is "cache".
+        scoring_precision: The precision those scores were computed in; ``None`` for that of this run.
     """
 
     name: str = "dpo"
@@ -27,6 +28,7 @@ class DPOConfig:
     reverse: bool = False
     reference: str = "online"
     scores: str | None = None
+    scoring_precision: str | None = None
 
     def check(self) -> None:
         """Stop with an ``InputError`` where values do not go together."""

@@ -7,6 +7,7 @@ from ctpd_nemo.data.batch import Responses
 from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.ctpd import CTPD, CTPDConfig
 from ctpd_nemo.models.dpo import DPO, DPOConfig
+from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.sft import SFT, SFTConfig
 
 
@@ -32,3 +33,6 @@ METHODS = {
     "dpo": Method(DPOConfig, DPO, ("chosen", "rejected"), two_sided=False),
     "ctpd": Method(CTPDConfig, CTPD, ("chosen", "rejected"), two_sided=True),
 }
+
+# Every value of ``method.name``: what is trained, and scoring.
+METHOD_CONFIGS: dict[str, type[Any]] = {name: method.config for name, method in METHODS.items()} | {"score": ScoreConfig}

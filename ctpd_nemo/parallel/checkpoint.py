@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.transformer import MegatronModule
 
@@ -104,6 +103,12 @@ def remove(folder: str | Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def find_checkpoints(folder: str | Path) -> list[Path]:
+    """Whole checkpoints in a folder of checkpoints named by step, oldest first."""
+    found = (path for path in Path(folder).glob("step-*") if path.suffix != _WRITING)
+    return sorted(path for path in found if dist_checkpointing.check_is_distributed_checkpoint(str(path)))
+
+
 def check_is_checkpoint(folder: str | Path) -> None:
     """Stop with an ``InputError`` where ``folder`` is not a whole checkpoint."""
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
@@ -152,17 +157,3 @@ def layout_name() -> str:
         f"tp{parallel_state.get_tensor_model_parallel_world_size()}"
         f"-pp{parallel_state.get_pipeline_model_parallel_world_size()}"
     )
-
-
-def read_tensor(folder: str | Path, key: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """One whole tensor of a checkpoint, whatever layout wrote it; needs no model and a single process.
-
-    Args:
-        folder: A checkpoint folder.
-        key: Megatron's key, e.g. ``decoder.layers.mlp.linear_fc2.weight`` (layers stacked in front).
-        shape: Global shape of the tensor.
-        dtype: Its dtype.
-    """
-    data = torch.empty(tuple(shape), dtype=dtype)
-    tensor = ShardedTensor.from_rank_offsets(key, data, replica_id=0)
-    return dist_checkpointing.load({"tensor": tensor}, str(folder), validate_access_integrity=False)["tensor"]

@@ -34,7 +34,7 @@ class ParallelConfig:
     virtual_pipeline: int | None = None
     context: int = 1
     sequence: bool = False
-    distributed_optimizer: bool = False
+    distributed_optimizer: bool = True
     recompute: str = "none"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False

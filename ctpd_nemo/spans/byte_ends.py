@@ -191,14 +191,18 @@ def _place_ends_inside_characters(
 
     Token i ends inside character ``last_char[i]`` of the text. Its end in the spelled bytes falls inside a spelled
     character too, or else the tokens split what a normalizer made of the character. If both characters are the same,
-    the normalizer left it alone, and the end is as many bytes into the one as into the other.
+    and nothing else was made of it, the normalizer left it alone: the end is as many bytes into the one as into the
+    other.
     """
     is_lead = np.append((np.frombuffer(spelled, dtype=np.uint8) & 0xC0) != 0x80, True)
     leads = np.flatnonzero(is_lead)
-    tokens = tokens[~is_lead[piece_ends[tokens]]]
+    is_whole = is_lead[piece_ends[tokens]]
+    # Spelled characters that end here share their character of the text with the spelled character that follows.
+    more_follows = set(piece_ends[tokens[is_whole]].tolist())
+    tokens = tokens[~is_whole]
     following = np.searchsorted(leads, piece_ends[tokens])
     for token, lead in zip(tokens.tolist(), following.tolist(), strict=True):
-        begin = int(leads[lead - 1]) if lead else 0
+        begin, end = (int(leads[lead - 1]) if lead else 0), int(leads[lead])
         char = last_char[token]
-        if spelled[begin : leads[lead]] == data[char_begin[char] : char_begin[char + 1]]:
+        if end not in more_follows and spelled[begin:end] == data[char_begin[char] : char_begin[char + 1]]:
             ends[token] = char_begin[char] + piece_ends[token] - begin

@@ -1,7 +1,8 @@
 """Run by ``test_parallel_load`` under ``torchrun``: load folders in several layouts and compare the logits of each.
 
 Arguments: layouts as ``tensor,pipeline,virtual``, joined by ``:``; then folders. Beside each folder lies
-``<folder>.pt`` with ``ids`` ``[T]`` and the expected ``logits`` ``[T, V]``. Prints layout, folder, largest difference.
+``<folder>.pt`` with ``ids`` ``[T]`` and the expected ``logits`` ``[T, V]``. Prints layout, folder, largest difference,
+and saves each model as a checkpoint ``<folder>-<layout>``.
 """
 
 import sys
@@ -15,9 +16,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.parallel import checkpoint
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 
 
@@ -38,11 +40,10 @@ def hidden_states(chunks: list[GPTModel], ids: Tensor, parallel: ParallelConfig,
     return hidden.flatten(0, 1)
 
 
-def logits_of(folder: Path, ids: Tensor, parallel: ParallelConfig) -> Tensor | None:
-    """Logits ``[T, V]`` of a folder loaded in this layout, on the ranks of the last stage."""
-    architecture = read_architecture(folder)
-    chunks = build_gpt(architecture, parallel, PrecisionConfig("fp32"))
-    load_hf_weights(chunks, folder, architecture)
+def logits_of(
+    chunks: list[GPTModel], ids: Tensor, parallel: ParallelConfig, architecture: Architecture
+) -> Tensor | None:
+    """Logits ``[T, V]`` on the ranks of the last stage."""
     hidden = hidden_states(chunks, ids, parallel, architecture.hidden_size)
     if not chunks[-1].post_process:
         return None
@@ -65,7 +66,11 @@ def main() -> None:
         initialize(parallel)
         for folder in map(Path, sys.argv[2:]):
             case = torch.load(folder.with_suffix(".pt"))
-            logits = logits_of(folder, case["ids"], parallel)
+            architecture = read_architecture(folder)
+            chunks = build_gpt(architecture, parallel, PrecisionConfig("fp32"))
+            load_hf_weights(chunks, folder, architecture)
+            checkpoint.save(f"{folder}-{layout}", chunks, None, checkpoint.TrainState({}, {}))
+            logits = logits_of(chunks, case["ids"], parallel, architecture)
             if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 print("logits", layout, folder.name, (logits - case["logits"]).abs().max().item(), flush=True)
     dist.destroy_process_group()

@@ -154,6 +154,8 @@ def test_a_vocabulary_that_does_not_fit_is_refused(tiny_model: Callable) -> None
     reader = SafetensorsFolder(folder, architecture)
     with pytest.raises(InputError, match="found vocab_size = 131; expected at most the model's 130"):
         fill_parameter(torch.empty(65, 48), "output_layer.weight", architecture, reader, 0, 2)
+    with pytest.raises(InputError, match=r"expected the model's \(131, 47\)"):
+        fill_parameter(torch.empty(131, 47), "output_layer.weight", architecture, reader)
 
 
 def _edit_index(folder: Path, tensor: str, shard: str) -> None:

@@ -1,0 +1,155 @@
+"""The forward-only job that fills the span score cache."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from nemo.core.classes import ModelPT
+from numpy.typing import NDArray
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.data.loader import StepBatch, StepLoader
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.teacher import FrozenModel
+from ctpd_nemo.parallel.layout import local_device
+
+Float32Array = NDArray[np.float32]
+
+
+ROLES = ("reference", "positive", "negative")
+
+
+@dataclass
+class ScoreConfig:
+    """Which models to score, and where the scores go.
+
+    Attributes:
+        cache: Folder of the span score cache.
+        reference: Hugging Face folder of the model that is the reference; ``None`` leaves the role for another job.
+        positive: The teacher trained by DPO, likewise.
+        negative: The teacher trained on swapped pairs, likewise.
+        pairs_per_shard: Pairs of one file of the cache, and what a job that is cut off does again at most.
+    """
+
+    name: str = "score"
+    cache: str | None = None
+    reference: str | None = None
+    positive: str | None = None
+    negative: str | None = None
+    pairs_per_shard: int = 512
+
+    def check(self) -> None:
+        """Stop with an ``InputError`` where there is nothing to do, or nowhere to write."""
+        if not self.cache:
+            raise InputError("method.cache", "nothing", "a folder for the scores")
+        if not self.folders():
+            raise InputError("method", "no model", "a folder for one or more of " + ", ".join(ROLES))
+        if self.pairs_per_shard < 1:
+            raise InputError("method.pairs_per_shard", str(self.pairs_per_shard), "1 or more")
+
+    def folders(self) -> dict[str, str]:
+        """The folder of each role that is to be scored."""
+        return {role: getattr(self, role) for role in ROLES if getattr(self, role)}
+
+
+class ScoreSink(Protocol):
+    """Takes the scores of one shard."""
+
+    def __call__(self, role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
+        """Keep the span log-probs of chosen and rejected of some pairs.
+
+        Args:
+            role: Which model gave them.
+            shard: The number of the shard.
+            rows: Dataset rows of the pairs.
+            scores: For each, f32 ``[n_spans]`` of chosen and of rejected.
+        """
+
+
+class Scorer(ModelPT):
+    """Scores the spans of every pair under one or more frozen models, in one pass over the data.
+
+    Data-parallel replicas work through shards of their own and never wait for each other.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        folders: Mapping[str, str],
+        shards: Callable[[int, int], StepLoader],
+        sink: ScoreSink,
+        trainer: Trainer,
+    ) -> None:
+        """Args:
+        run: The configuration; parallel layout and precision are the scored models'.
+        folders: Hugging Face folder of each role.
+        shards: From data-parallel rank and size to a loader of the shards that this replica does, one an item.
+        sink: Where scores go; called on one rank of each replica.
+        trainer: Lightning's trainer with a ``MegatronStrategy``.
+        """
+        super().__init__(OmegaConf.create({"roles": dict(folders)}), trainer)
+        self.run = run
+        self.folders = folders
+        self.shards = shards
+        self.sink = sink
+        self.models: dict[str, FrozenModel] = {}
+        self.chunks: list[Any] = []
+
+    def configure_model(self) -> None:
+        """Read the frozen models; Lightning calls it when the process groups are there."""
+        for role, folder in self.folders.items():
+            self.models[role] = FrozenModel(folder, self.run.parallel, self.run.precision)
+
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Score one shard and hand it to the sink."""
+        for role, model in self.models.items():
+            scores = model.score(batch.microbatches)
+            if scores and _speaks_for_replica():
+                pairs = [pair for spans, part in zip(batch.microbatches, scores, strict=True) for pair in _pairs(spans, part)]
+                pairs.sort(key=lambda pair: pair[0])
+                self.sink(role, batch.step, [row for row, *_ in pairs], [(chosen, rejected) for _, chosen, rejected in pairs])
+
+    def predict_dataloader(self) -> StepLoader:
+        """The shards of this replica."""
+        return self.shards(
+            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        )
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """Move the microbatches of a shard."""
+        batch.microbatches = [microbatch.to(local_device()) for microbatch in batch.microbatches]
+        return batch
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """None: weights come from Hugging Face folders."""
+
+    def setup_training_data(self, train_data_config: Any = None) -> None:
+        """Nothing is trained."""
+
+    def setup_validation_data(self, val_data_config: Any = None) -> None:
+        """Nothing is validated."""
+
+
+def _speaks_for_replica() -> bool:
+    """Whether this rank of the last pipeline stage is the one that writes; the others hold equal scores."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.get_context_parallel_rank() == 0
+
+
+def _pairs(microbatch: Microbatch, scores_S: Tensor) -> list[tuple[int, Float32Array, Float32Array]]:
+    """Dataset row, chosen and rejected scores of each pair of a microbatch."""
+    spans_R = torch.bincount(microbatch.span_response.long(), minlength=microbatch.num_responses)
+    responses = [part.cpu().numpy() for part in scores_S.split(spans_R.tolist())]
+    return [
+        (int(row), responses[chosen], responses[rejected])
+        for row, chosen, rejected in zip(
+            microbatch.pair_index.tolist(), microbatch.chosen.tolist(), microbatch.rejected.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,68 @@
+"""What happens beside the training loop: checkpoints, the metric log."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from ctpd_nemo.models.base import MegatronModel
+from ctpd_nemo.parallel.checkpoint import find_checkpoints
+
+
+class Checkpointing(Callback):
+    """Writes a checkpoint every so many steps and at the end, and keeps the newest."""
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        """Args:
+        folder: Holds ``step-00000100`` and so on.
+        every: Steps between two checkpoints; 0 for the end only.
+        keep: How many stay.
+        """
+        self.folder = folder
+        self.every = every
+        self.keep = keep
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save where the step is due."""
+        step = trainer.global_step
+        if step == trainer.max_steps or (self.every and step % self.every == 0):
+            trainer.save_checkpoint(self.folder / f"step-{step:08d}")
+            for old in find_checkpoints(self.folder)[: -self.keep]:
+                trainer.strategy.remove_checkpoint(old)
+
+
+class MetricLog(Callback):
+    """Appends one JSON object a step to a file; rank 0 writes.
+
+    A run that goes on from an earlier step drops the rows of steps it does again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Args:
+        path: The JSON-lines file.
+        """
+        self.path = path
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Cut the log back to the steps that are done."""
+        if trainer.is_global_zero and self.path.exists():
+            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: MegatronModel, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Append the step's metrics."""
+        self._append(trainer, {"step": trainer.global_step, **pl_module.last_metrics})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: MegatronModel) -> None:
+        """Append the means over the held-out pairs."""
+        self._append(trainer, {"step": trainer.global_step, **pl_module.last_validation})
+
+    def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")

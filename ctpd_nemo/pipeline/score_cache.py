@@ -1,0 +1,256 @@
+"""The span score cache: what the teachers say of every span, computed once.
+
+A folder of ``manifest.json`` and Parquet shards, a set of shards for each role (reference, positive, negative)::
+
+    manifest.json
+    reference-00000.parquet     pair_id: string, chosen: list<float>, rejected: list<float>
+    positive-00000.parquet      one float a span, in nats
+
+A shard covers a fixed range of pairs. It is written under a temporary name and renamed, so a shard that is there is
+whole, and an interrupted job goes on with the first that is missing. The manifest holds a fingerprint of everything
+the numbers depend on.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.ctpd import CTPDConfig
+
+FINGERPRINTS = (
+    "data",
+    "teacher_tokenizer",
+    "student_tokenizer",
+    "teacher_template",
+    "student_template",
+    "truncation",
+    "precision",
+)
+_MANIFEST = "manifest.json"
+_FORMAT = 1
+_SCHEMA = pa.schema(
+    [("pair_id", pa.string()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))]
+)
+
+Float32Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """Span log-probs of one pair under one model, f32 ``[n_spans]`` each."""
+
+    pair_id: str
+    chosen: Float32Array
+    rejected: Float32Array
+
+
+class ScoreWriter:
+    """Writes one cache; several jobs may add their roles to it one after the other."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprints: Mapping[str, str],
+        teacher_weights: Mapping[str, str],
+        n_pairs: int,
+        pairs_per_shard: int,
+    ) -> None:
+        """Check a cache that is there, or make a new one in memory; ``begin`` writes it.
+
+        Args:
+            folder: The cache.
+            fingerprints: Of everything but the weights, by the names in ``FINGERPRINTS``.
+            teacher_weights: Fingerprint of the weights of each role that this job scores.
+            n_pairs: Pairs of the data.
+            pairs_per_shard: Pairs a shard.
+
+        Raises:
+            InputError: The cache that is there was computed from something else.
+        """
+        self.folder = Path(folder)
+        self.n_shards = -(-n_pairs // pairs_per_shard)
+        self._manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "pairs": n_pairs,
+            "pairs_per_shard": pairs_per_shard,
+            "shards": self.n_shards,
+            "fingerprints": {name: fingerprints[name] for name in FINGERPRINTS},
+            "teacher_weights": dict(teacher_weights),
+        }
+        if (self.folder / _MANIFEST).exists():
+            there = read_manifest(self.folder)
+            for field in ("pairs", "pairs_per_shard"):
+                _compare(self.folder, field, there[field], self._manifest[field])
+            _compare_fingerprints(self.folder, there["fingerprints"], self._manifest["fingerprints"])
+            for role, weights in teacher_weights.items():
+                _compare(self.folder, f"teacher_weights.{role}", there["teacher_weights"].get(role, weights), weights)
+            self._manifest["teacher_weights"] = {**there["teacher_weights"], **teacher_weights}
+
+    def begin(self) -> None:
+        """Write the manifest; one process does it, before any shard."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+
+    def missing(self, roles: Iterable[str]) -> list[int]:
+        """Shards that are not there for every one of the roles."""
+        roles = list(roles)
+        return [
+            shard
+            for shard in range(self.n_shards)
+            if not all(_shard_path(self.folder, role, shard).exists() for role in roles)
+        ]
+
+    def write(self, role: str, shard: int, pairs: Sequence[PairScores]) -> None:
+        """Write one shard of one role.
+
+        Raises:
+            InputError: A score is not finite.
+        """
+        for pair in pairs:
+            _check_finite(f"{self.folder}, {role}", pair)
+        table = pa.table(
+            {
+                "pair_id": [pair.pair_id for pair in pairs],
+                "chosen": [pair.chosen for pair in pairs],
+                "rejected": [pair.rejected for pair in pairs],
+            },
+            schema=_SCHEMA,
+        )
+        _write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(table, path))
+
+
+class ScoreReader:
+    """Scores by pair id, with the importance weights that CTPD makes of them; goes to dataloader workers."""
+
+    def __init__(self, folder: str | Path, fingerprints: Mapping[str, str], method: CTPDConfig | None = None) -> None:
+        """Open a cache and check that it belongs to a run.
+
+        Args:
+            folder: The cache.
+            fingerprints: What the run would compute the scores from, by the names in ``FINGERPRINTS``.
+            method: How to weigh spans; ``None`` for weights of 1 (DPO).
+
+        Raises:
+            InputError: No cache, a role or shard that is missing, or scores of something else.
+        """
+        self.folder = Path(folder)
+        self._method = method
+        manifest = read_manifest(self.folder)
+        _compare_fingerprints(self.folder, manifest["fingerprints"], fingerprints)
+        roles = method.roles() if method is not None else ("reference",)
+        self._tables: dict[str, pa.Table] = {}
+        for role in roles:
+            if role not in manifest["teacher_weights"]:
+                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(manifest['teacher_weights'])}", role)
+            self._tables[role] = self._read_role(role, manifest["shards"])
+        self._rows = {role: _rows_by_id(table) for role, table in self._tables.items()}
+
+    def _read_role(self, role: str, n_shards: int) -> pa.Table:
+        tables = []
+        for shard in range(n_shards):
+            path = _shard_path(self.folder, role, shard)
+            if not path.exists():
+                raise InputError(str(self.folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
+            try:
+                tables.append(pq.read_table(path, schema=_SCHEMA))
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(str(path), f"a shard that cannot be read ({error})", "a Parquet shard") from error
+        return pa.concat_tables(tables).combine_chunks()
+
+    def __len__(self) -> int:
+        return len(self._rows["reference"])
+
+    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+        """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
+
+        Raises:
+            InputError: The cache does not hold the pair, or a score is not finite.
+        """
+        reference = self._pair("reference", pair_id)
+        if self._method is None or "positive" not in self._tables:
+            return reference.chosen, reference.rejected, np.ones_like(reference.chosen), np.ones_like(reference.rejected)
+        positive, negative = self._pair("positive", pair_id), self._pair("negative", pair_id)
+        chosen, rejected = (
+            self._method.span_weights(torch.from_numpy(up), torch.from_numpy(down), sign).numpy()
+            for up, down, sign in (
+                (positive.chosen, negative.chosen, 1.0),
+                (positive.rejected, negative.rejected, -1.0),
+            )
+        )
+        return reference.chosen, reference.rejected, chosen, rejected
+
+    def _pair(self, role: str, pair_id: str) -> PairScores:
+        row = self._rows[role].get(pair_id)
+        if row is None:
+            raise InputError(f"{self.folder}, {role}", f"no pair {pair_id!r}", "scores of every pair of the data")
+        table = self._tables[role]
+        chosen, rejected = (
+            table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32) for name in ("chosen", "rejected")
+        )
+        pair = PairScores(pair_id, chosen, rejected)
+        _check_finite(f"{self.folder}, {role}", pair)
+        return pair
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Raises:
+        InputError: There is none, or it is of another format.
+    """
+    path = Path(folder) / _MANIFEST
+    if not path.is_file():
+        raise InputError(str(folder), f"no {_MANIFEST}", "a span score cache, written by tools/score.py")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise InputError(str(path), f"no JSON object ({error})", "the manifest of a score cache") from error
+    if found != _FORMAT:
+        raise InputError(str(path), f"format {found!r}", f"format {_FORMAT}")
+    return manifest
+
+
+def _compare_fingerprints(folder: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:
+    for name in FINGERPRINTS:
+        _compare(folder, name, there.get(name), here[name])
+
+
+def _compare(folder: Path, field: str, there: object, here: object) -> None:
+    if there != here:
+        raise InputError(f"{folder}/{_MANIFEST}, {field}", f"{there}", f"{here}, as this run has it")
+
+
+def _check_finite(place: str, pair: PairScores) -> None:
+    for name in ("chosen", "rejected"):
+        scores = getattr(pair, name)
+        if not np.isfinite(scores).all():
+            at = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise InputError(f"{place}, pair {pair.pair_id!r}, {name}, span {at}", str(scores[at]), "a finite score")
+
+
+def _rows_by_id(table: pa.Table) -> dict[str, int]:
+    return {pair_id: row for row, pair_id in enumerate(table["pair_id"].to_pylist())}
+
+
+def _shard_path(folder: Path, role: str, shard: int) -> Path:
+    return folder / f"{role}-{shard:05d}.parquet"
+
+
+def _write_renamed(path: Path, write: Any) -> None:
+    writing = path.with_name(path.name + f".writing-{os.getpid()}")
+    try:
+        write(writing)
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)

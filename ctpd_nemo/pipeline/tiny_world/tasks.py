@@ -1,0 +1,146 @@
+"""What the tiny world asks: small questions with one right answer, in ten kinds.
+
+Each kind is a function of a random generator. Some kinds are facts to remember (sums, opposites, the calendar), some
+are rules to apply to the prompt (copy a word, find a colour, sort). A model of a few hundred thousand parameters learns
+part of them within a few hundred steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A question and two answers to it.
+
+    Attributes:
+        question: The question, or a short order.
+        statement: A sentence that answers it, without its full stop; ``{}`` stands for the answer.
+        right: The one right answer.
+        wrong: A wrong answer of the same form.
+    """
+
+    question: str
+    statement: str
+    right: str
+    wrong: str
+
+
+def _add(rng: Random) -> Task:
+    a, b = rng.randrange(10), rng.randrange(10)
+    question = rng.choice(("What is {} plus {}?", "Add {} and {}.")).format(a, b)
+    return Task(question, f"{a} plus {b} makes {{}}", str(a + b), _another_number(rng, a + b))
+
+
+def _subtract(rng: Random) -> Task:
+    a, b = sorted((rng.randrange(13), rng.randrange(13)), reverse=True)
+    question = rng.choice(("What is {} minus {}?", "From {} take away {}.")).format(a, b)
+    return Task(question, f"{a} minus {b} leaves {{}}", str(a - b), _another_number(rng, a - b))
+
+
+def _another_number(rng: Random, number: int) -> str:
+    return str(rng.choice([near for near in range(max(number - 3, 0), number + 4) if near != number]))
+
+
+def _larger(rng: Random) -> Task:
+    small, large = sorted(rng.sample(range(100), 2))
+    question = rng.choice(("Which is larger, {} or {}?", "Which number is bigger: {} or {}?"))
+    question = question.format(*rng.sample((small, large), 2))
+    return Task(question, "the larger one is {}", str(large), str(small))
+
+
+def _parity(rng: Random) -> Task:
+    number = rng.randrange(100)
+    question = rng.choice(("Is {} even or odd?", "Even or odd: {}?")).format(number)
+    right, wrong = ("odd", "even") if number % 2 else ("even", "odd")
+    return Task(question, f"{number} is {{}}", right, wrong)
+
+
+def _sort(rng: Random) -> Task:
+    numbers = rng.sample(range(1, 10), 3)
+    wrong = sorted(numbers)
+    while wrong == sorted(numbers):
+        rng.shuffle(wrong)
+    question = rng.choice(("Sort {}, {}, {}.", "Put in order: {}, {}, {}.")).format(*numbers)
+    right = ", ".join(map(str, sorted(numbers)))
+    return Task(question, "in order they are {}", right, ", ".join(map(str, wrong)))
+
+
+_WORDS = (
+    "apple bread chair cloud dance dream earth field fire flag fruit garden glass grass green hand heart hill home "
+    "honey house ice island jacket kite knife lake lamp leaf lemon light mango moon music night ocean orange paper "
+    "pear piano plant queen rain river road robot rose sand ship snow spoon star stone storm sugar sun table tiger "
+    "train tree violin voice water wind window wolf wood zebra"
+).split()
+
+
+def _copy(rng: Random) -> Task:
+    word, other = rng.sample(_WORDS, 2)
+    question = rng.choice(("Repeat the word {}.", "Say {} once more.")).format(word)
+    return Task(question, "the word is {}", word, other)
+
+
+def _letter(rng: Random) -> Task:
+    word = rng.choice(_WORDS)
+    end, right = rng.choice((("first", word[0]), ("last", word[-1])))
+    question = rng.choice(("What is the {} letter of {}?", "Give me the {} letter of {}.")).format(end, word)
+    wrong = rng.choice([letter for letter in "abdeghklmnorstw" if letter != right])
+    return Task(question, f"the {end} letter of {word} is {{}}", right, wrong)
+
+
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_MONTHS = "January February March April May June July August September October November December".split()
+
+
+def _calendar(rng: Random) -> Task:
+    name, names = rng.choice((("day", _DAYS), ("month", _MONTHS)))
+    at = rng.randrange(len(names))
+    relation, step = rng.choice((("after", 1), ("before", -1)))
+    right = names[(at + step) % len(names)]
+    question = rng.choice(("Which {} comes {} {}?", "Name the {} {} {}.")).format(name, relation, names[at])
+    wrong = rng.choice([other for other in names if other not in (right, names[at])])
+    return Task(question, f"{relation} {names[at]} it is {{}}", right, wrong)
+
+
+_OPPOSITES = tuple(
+    tuple(pair.split("/"))
+    for pair in (
+        "big/small hot/cold up/down old/young fast/slow day/night open/closed wet/dry light/dark happy/sad full/empty "
+        "early/late hard/soft high/low in/out left/right long/short loud/quiet near/far rich/poor strong/weak "
+        "thick/thin true/false clean/dirty push/pull"
+    ).split()
+)
+
+
+def _opposite(rng: Random) -> Task:
+    pair, other = rng.sample(_OPPOSITES, 2)
+    word, right = rng.sample(pair, 2)
+    question = rng.choice(("What is the opposite of {}?", "Name the opposite of {}.")).format(word)
+    return Task(question, f"the opposite of {word} is {{}}", right, rng.choice(other))
+
+
+_THINGS = "ball bowl box car coat cup door hat pen shoe".split()
+_COLOURS = "black blue brown green grey pink red white yellow".split()
+
+
+def _colour(rng: Random) -> Task:
+    things, colours = rng.sample(_THINGS, 2), rng.sample(_COLOURS, 2)
+    asked = rng.randrange(2)
+    story = "The {} is {}, the {} is {}.".format(things[0], colours[0], things[1], colours[1])
+    question = rng.choice(("What colour is the {}?", "And the {}?")).format(things[asked])
+    return Task(f"{story} {question}", f"the {things[asked]} is {{}}", colours[asked], colours[1 - asked])
+
+
+KINDS: dict[str, Callable[[Random], Task]] = {
+    "add": _add,
+    "subtract": _subtract,
+    "larger": _larger,
+    "parity": _parity,
+    "sort": _sort,
+    "copy": _copy,
+    "letter": _letter,
+    "calendar": _calendar,
+    "opposite": _opposite,
+    "colour": _colour,
+}

@@ -1,0 +1,67 @@
+"""Lightning's trainer and NeMo's experiment manager, as every job here uses them."""
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.parallel.strategy import MegatronStrategy
+
+
+def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = ()) -> pl.Trainer:
+    """A trainer over the processes of this job, logging to ``run.run_dir``.
+
+    Args:
+        run: The configuration.
+        total_steps: Optimizer steps; validation falls on the last where ``validate_every`` is 0.
+        callbacks: Beside the progress bar.
+    """
+    quiet_third_parties()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    trainer = pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=processes,
+        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
+        strategy=MegatronStrategy(run.parallel, run.seed, processes),
+        max_steps=total_steps,
+        max_epochs=-1,
+        val_check_interval=run.trainer.validate_every or max(1, total_steps),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=run.trainer.log_every,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=max(1, run.trainer.log_every))],
+    )
+    exp_manager(
+        trainer,
+        {
+            "explicit_log_dir": str(Path(run.run_dir).absolute()),
+            "create_tensorboard_logger": True,
+            # Distributed checkpoints and their resumption are this project's own.
+            "create_checkpoint_callback": False,
+            "create_preemption_callback": False,
+            "log_step_timing": False,
+            "seconds_to_sleep": 0,
+        },
+    )
+    return trainer
+
+
+def quiet_third_parties() -> None:
+    """Silence what libraries say that means nothing to a user, each at its own logger or warning class."""
+    nemo_logging.setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "megatron", "megatron.core", "torch.distributed", "nv_one_logger"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in ("lightning", "megatron", "torch", "nemo", "pydantic"):
+        warnings.filterwarnings("ignore", module=module)

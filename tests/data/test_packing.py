@@ -1,0 +1,84 @@
+"""Packing loses nothing, wastes little, and is the same everywhere."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctpd_nemo.data.packing import check_budget, pack, pack_padded, split_by_rank
+from ctpd_nemo.errors import InputError
+
+lengths_of_pairs = st.lists(st.integers(2, 100), max_size=60)
+
+
+def first_fit_decreasing(lengths: list[int], budget: int) -> list[list[int]]:
+    """The textbook's loop."""
+    bins: list[list[int]] = []
+    for pair in sorted(range(len(lengths)), key=lambda pair: (-lengths[pair], pair)):
+        for members in bins:
+            if sum(lengths[member] for member in members) + lengths[pair] <= budget:
+                members.append(pair)
+                break
+        else:
+            bins.append([pair])
+    return [sorted(members) for members in bins]
+
+
+@given(lengths_of_pairs, st.integers(100, 300))
+def test_pack_is_first_fit_decreasing(lengths: list[int], budget: int) -> None:
+    assert pack(lengths, budget) == first_fit_decreasing(lengths, budget)
+
+
+@given(lengths_of_pairs, st.integers(100, 300))
+def test_every_pair_is_packed_once_and_within_the_budget(lengths: list[int], budget: int) -> None:
+    packed, padded = pack(lengths, budget), pack_padded(lengths, budget)
+    for bins in (packed, padded):
+        assert sorted(pair for members in bins for pair in members) == list(range(len(lengths)))
+    assert all(sum(lengths[pair] for pair in members) <= budget for members in packed)
+    assert all(len(members) * max(lengths[pair] for pair in members) <= budget for members in padded)
+
+
+def test_packing_wastes_little() -> None:
+    rng = random.Random(0)
+    lengths = [min(2000, int(rng.lognormvariate(6, 0.7))) for _ in range(2000)]
+    bins = pack(lengths, 4096)
+    assert sum(lengths) / (4096 * len(bins)) > 0.99
+    assert len(bins) <= math.ceil(sum(lengths) / 4096) + 1
+
+
+def test_a_pair_over_the_budget_is_an_error() -> None:
+    for way in (pack, pack_padded):
+        with pytest.raises(ValueError, match="a pair of 11 tokens is over the budget of 10"):
+            way([3, 11], 10)
+
+
+@given(lengths_of_pairs, st.integers(1, 9))
+def test_every_pair_goes_to_one_rank_and_ranks_are_balanced(lengths: list[int], n_ranks: int) -> None:
+    ranks = split_by_rank(lengths, n_ranks)
+    assert len(ranks) == n_ranks
+    assert sorted(pair for members in ranks for pair in members) == list(range(len(lengths)))
+    load = [sum(lengths[pair] for pair in members) for members in ranks]
+    # Greedy: the last pair given to the fullest rank was given to it when it was the emptiest.
+    assert max(load) - min(load) <= max(lengths, default=0)
+
+
+def test_a_batch_splits_almost_evenly() -> None:
+    rng = random.Random(0)
+    lengths = [int(rng.lognormvariate(6, 0.7)) for _ in range(64)]
+    load = [sum(lengths[pair] for pair in members) for members in split_by_rank(lengths, 4)]
+    assert max(load) / (sum(load) / 4) < 1.01
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (199, "found 199; expected at least 208: two sequences of max_length 100, padded"),
+        (209, "found 209; expected a multiple of 8"),
+    ],
+)
+def test_a_budget_that_cannot_hold_a_longest_pair_is_refused(budget: int, message: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.microbatch_tokens: {message}"):
+        check_budget(budget, max_length=100, pad_to_multiple=8)
+    check_budget(208, max_length=100, pad_to_multiple=8)

@@ -1,0 +1,21 @@
+"""One assertion for all the tests of this room."""
+
+import itertools
+
+from ctpd_nemo.spans import align_batch
+from tests.spans import oracle
+
+
+def as_lists(spans) -> list[list[int]]:
+    fields = (spans.bounds, spans.teacher_ids, spans.student_ids, spans.teacher_span, spans.student_span)
+    return [field.tolist() for field in fields]
+
+
+def assert_every_ordered_pair_matches(texts: list[str], hands: dict) -> None:
+    """Align ``texts`` with every ordered pair of tokenizers, a tokenizer with itself included, and ask the oracle."""
+    sides = {name: [hand.side(text) for text in texts] for name, hand in hands.items()}
+    for teacher, student in itertools.product(hands, repeat=2):
+        found = align_batch(texts, hands[teacher].tokenizer, hands[student].tokenizer)
+        assert len(found) == len(texts)
+        for text, spans, one, other in zip(texts, found, sides[teacher], sides[student], strict=True):
+            assert as_lists(spans) == list(oracle.aligned(text, one, other)), (teacher, student, text[:200])

@@ -1,0 +1,65 @@
+"""Alignment against the oracle with tokenizers of every kind, trained in the test."""
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from ctpd_nemo.spans import align, token_byte_ends
+from tests.spans.conftest import KNOWN
+from tests.spans.oracle_match import assert_every_ordered_pair_matches
+
+TEXTS = st.lists(st.sampled_from([*KNOWN, "  ", "\n\n", "🦙🦙", "ﬁ ﬁ", "한한", "ab"]), max_size=30).map("".join)
+
+
+@settings(max_examples=120, deadline=None)
+@given(text=TEXTS)
+@example(text="")
+@example(text="🦙 a")
+@example(text="ﬁﬁ①")
+@example(text="\n a \n")
+def test_spans_match_the_oracle_for_every_kind_of_tokenizer(trained, text):
+    assume(not text.isspace())  # WordPiece has no token for such a text: the next test
+    assert_every_ordered_pair_matches([text], trained)
+
+
+@pytest.mark.parametrize("text", [" ", "  \n", "\u200b \u0300"])
+def test_a_text_without_tokens_on_one_side_is_one_span(trained, text):
+    word_piece, byte_level = trained["wordpiece"].tokenizer, trained["byte level"].tokenizer
+    spans = align(text, word_piece, byte_level)
+    assert spans.bounds.tolist() == [0, len(text.encode())]
+    assert spans.teacher_ids.tolist() == spans.teacher_span.tolist() == []
+    assert spans.student_span.tolist() == [0] * len(spans.student_ids)
+    assert len(spans.student_ids) > 0
+
+
+def test_text_that_no_token_covers_belongs_to_the_token_that_follows(trained):
+    ids, ends = token_byte_ends(" a  b ", trained["wordpiece"].tokenizer)
+    assert trained["wordpiece"].tokenizer.convert_ids_to_tokens(ids.tolist()) == ["a", "b"]
+    assert ends.tolist() == [2, 6]
+
+
+def test_an_unknown_token_is_cut_at_characters_only(trained):
+    text = "a \u4e00\u4e01b"
+    ids, ends = token_byte_ends(text, trained["metaspace"].tokenizer)
+    assert trained["metaspace"].tokenizer.unk_token_id in ids
+    starts_of_characters = [len(text[:index].encode()) for index in range(1, len(text) + 1)]
+    assert set(ends.tolist()) <= {*starts_of_characters, -1}
+    assert ends[-1] == len(text.encode())
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts=st.lists(st.text(max_size=12), min_size=1, max_size=4))
+def test_any_text_is_covered_in_order_by_every_pair(trained, texts):
+    """Unknown characters, noncharacters, controls: the shape of the result holds even where the oracle cannot read."""
+    for teacher in trained.values():
+        for student in trained.values():
+            for text in texts:
+                spans = align(text, teacher.tokenizer, student.tokenizer)
+                assert spans.bounds[0] == 0
+                assert spans.bounds[-1] == len(text.encode())
+                assert (spans.bounds[1:] > spans.bounds[:-1]).all()
+                for ids, span in ((spans.teacher_ids, spans.teacher_span), (spans.student_ids, spans.student_span)):
+                    assert len(ids) == len(span)
+                    if len(ids):
+                        assert sorted(set(span.tolist())) == list(range(spans.n_spans))
+                        assert (span[1:] >= span[:-1]).all()
