@@ -1,17 +1,16 @@
-"""Score spans under frozen teachers: ``python tools/score.py method.cache=... method.reference=...``, or under torchrun."""
+"""Score spans: ``python tools/score.py method.cache=... method.reference=...``, or the same under ``torchrun``."""
 
-from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
-from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.entry import entry_point
-from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.entry import tool
 
 
-@hydra_runner(config_path="../conf", config_name="score")
-@entry_point
+@tool("score")
 def main(config: DictConfig) -> None:
     """Run the job that the configuration describes."""
+    from ctpd_nemo.pipeline.config import run_config
+    from ctpd_nemo.pipeline.score import score
+
     score(run_config(config))
 
 

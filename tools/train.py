@@ -1,17 +1,16 @@
-"""Train by method: ``python tools/train.py method=ctpd model.student.path=...``, or under torchrun."""
+"""Train by method: ``python tools/train.py method=ctpd model.student.path=...``, or the same under ``torchrun``."""
 
-from nemo.core.config import hydra_runner
 from omegaconf import DictConfig
 
-from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.entry import entry_point
-from ctpd_nemo.pipeline.train import train
+from ctpd_nemo.pipeline.entry import tool
 
 
-@hydra_runner(config_path="../conf", config_name="train")
-@entry_point
+@tool("train")
 def main(config: DictConfig) -> None:
     """Run the job that the configuration describes."""
+    from ctpd_nemo.pipeline.config import run_config
+    from ctpd_nemo.pipeline.train import train
+
     train(run_config(config))
 
 

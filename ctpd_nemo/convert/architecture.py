@@ -118,7 +118,7 @@ def _read_json_object(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _family(raw: dict[str, Any], place: str) -> Family:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(place, f"model_type = {model_type!r}", f"one of the known families: {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 

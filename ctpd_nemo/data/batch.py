@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from ctpd_nemo.data.encode import EncodedPair, Responses, SideName, SideTokens
 from ctpd_nemo.data.packing import round_up
 from ctpd_nemo.errors import InputError
 
-Padding = Literal["packed", "padded"]
 Float32Array = NDArray[np.float32]
 
 _NOTHING = -1
@@ -135,7 +134,7 @@ def build_microbatch(
     responses: Responses = ("chosen", "rejected"),
     scores: SpanScores | None = None,
     pad_to_multiple: int = 1,
-    padding: Padding = "packed",
+    padding: str = "packed",
 ) -> Microbatch:
     """Lay the responses of pairs end to end, the responses of a pair one after the other.
 
@@ -153,6 +152,8 @@ def build_microbatch(
     """
     if not pairs:
         raise ValueError("no pairs; Microbatch.filler makes a microbatch without any")
+    if padding not in ("packed", "padded"):
+        raise ValueError(f"padding is {padding!r}, not 'packed' or 'padded'")
     sequences = [response.side(side) for pair in pairs for response in pair.responses(responses)]
     lengths = np.array([len(sequence) for sequence in sequences])
     if padding == "padded":

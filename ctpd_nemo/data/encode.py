@@ -135,9 +135,9 @@ class PairEncoder:
         Raises:
             InputError: A template refuses a prompt.
         """
-        prompts = [pair.prompt for pair in pairs]
-        policy_prompts = self.policy.render_prompts(prompts)
-        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts)
+        prompts, places = [pair.prompt for pair in pairs], [pair.place for pair in pairs]
+        policy_prompts = self.policy.render_prompts(prompts, places)
+        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts, places)
         spans = self._align([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
         chosen_spans, rejected_spans = spans[: len(pairs)], spans[len(pairs) :]
         rows = zip(indices, pairs, policy_prompts, reference_prompts, chosen_spans, rejected_spans, strict=True)

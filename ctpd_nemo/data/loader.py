@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ctpd_nemo.data.batch import Microbatch, Padding, SpanScores, build_microbatch
+from ctpd_nemo.data.batch import Microbatch, SpanScores, build_microbatch
 from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
 from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, split_by_rank
 from ctpd_nemo.data.preferences import PreferenceDataset
@@ -39,7 +39,7 @@ class Batching:
     side: SideName = "policy"
     online: bool = False
     responses: Responses = ("chosen", "rejected")
-    padding: Padding = "packed"
+    padding: str = "packed"
     pad_to_multiple: int = 1
 
 

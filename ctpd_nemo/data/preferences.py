@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, overload
+from typing import overload
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class PreferenceDataset(Sequence[PreferencePair]):
 def open_preferences(
     paths: str | Path | Sequence[str | Path],
     split: str | None = None,
-    on_bad: Literal["stop", "skip"] = "stop",
+    on_bad: str = "stop",
 ) -> PreferenceDataset:
     """Open preference files and check every row.
 

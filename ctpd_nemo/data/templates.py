@@ -84,8 +84,8 @@ class Side:
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         return _fingerprint(json.dumps([self.chat_template, special, self.end_of_turn_ids.tolist()], sort_keys=True))
 
-    def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation as the template writes it.
+    def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, place: str = "") -> str:
+        """The conversation as the template writes it; ``place`` says in an error where the messages came from.
 
         Raises:
             InputError: The template refuses the conversation.
@@ -101,15 +101,18 @@ class Side:
         except Exception as error:  # a template is a program: it can raise anything
             roles = ", ".join(message.role for message in messages)
             found = f"a template that fails on the roles {roles} ({error})"
-            raise InputError(f"{self._place}, chat template", found, "a template that renders them") from error
+            raise InputError(self._template_place(place), found, "a template that renders them") from error
         assert isinstance(text, str)
         return text
 
-    def render_prompts(self, prompts: Sequence[Sequence[Message]]) -> list[NDArray[np.int32]]:
+    def render_prompts(
+        self, prompts: Sequence[Sequence[Message]], places: Sequence[str] | None = None
+    ) -> list[NDArray[np.int32]]:
         """Ids of prompts, up to and with the opening of the assistant's turn.
 
         Args:
             prompts: Conversations that end with a user's turn.
+            places: Where each was read, for errors.
 
         Returns:
             int32 ``[n_tokens]`` for each.
@@ -120,22 +123,24 @@ class Side:
         """
         if not prompts:
             return []
-        texts = [self.render_text(prompt) for prompt in prompts]
+        places = [""] * len(prompts) if places is None else places
+        texts = [self.render_text(prompt, place=place) for prompt, place in zip(prompts, places, strict=True)]
         rows = []
-        for prompt, text, ids in zip(prompts, texts, self._encode(texts), strict=True):
+        for prompt, place, text, ids in zip(prompts, places, texts, self._encode(texts), strict=True):
             written_by_user = any(self._control_pattern.search(message.content) for message in prompt)
             if written_by_user or not np.array_equal(self._controls_of(ids), self._controls_of_template(prompt)):
-                ids = self._encode_by_role(prompt, text)
+                ids = self._encode_by_role(prompt, text, place)
             if not len(ids):
-                raise InputError(
-                    f"{self._place}, chat template", "a prompt of no tokens", "a template that opens a turn"
-                )
+                raise InputError(self._template_place(place), "a prompt of no tokens", "a template that opens a turn")
             rows.append(ids.astype(np.int32))
         return rows
 
     def render_prompt(self, messages: Sequence[Message]) -> NDArray[np.int32]:
         """Ids of one prompt; see ``render_prompts``."""
         return self.render_prompts([messages])[0]
+
+    def _template_place(self, place: str = "") -> str:
+        return f"{place}, {self._place}, chat template".removeprefix(", ")
 
     def _find_template(self, given: str | Path | None) -> str:
         if given is None:
@@ -153,15 +158,13 @@ class Side:
         response = uuid.uuid4().hex
         text = self.render_text([Message("user", "x"), Message("assistant", response)], add_generation_prompt=False)
         if response not in text:
-            raise InputError(
-                f"{self._place}, chat template", "a template that drops an assistant's text", "one that renders it"
-            )
+            raise InputError(self._template_place(), "a template that drops an assistant's text", "one that renders it")
         control = self._control_pattern.match(text.rpartition(response)[2].lstrip())
         if control:
             return np.array([self.tokenizer.convert_tokens_to_ids(control[0])], dtype=np.int32)
         if self.tokenizer.eos_token_id is None:
             found = "no special token behind an assistant's text, and no EOS token"
-            raise InputError(f"{self._place}, chat template", found, "one of the two, to end a turn")
+            raise InputError(self._template_place(), found, "one of the two, to end a turn")
         return np.array([self.tokenizer.eos_token_id], dtype=np.int32)
 
     def _encode(self, texts: list[str]) -> list[NDArray[np.int64]]:
@@ -190,7 +193,7 @@ class Side:
         secret = {token["id"]: token["content"] for token in spec["added_tokens"]}
         return backend, {content: (index, secret[index]) for index, content in self._control_tokens.items()}
 
-    def _encode_by_role(self, prompt: Sequence[Message], rendered: str) -> NDArray[np.int64]:
+    def _encode_by_role(self, prompt: Sequence[Message], rendered: str, place: str = "") -> NDArray[np.int64]:
         """Tokenize a rendered prompt with the control tokens of the template alone.
 
         Control strings inside messages are marked, so that those the rendering holds unmarked are the template's.
@@ -208,9 +211,7 @@ class Side:
         mark_pattern = re.compile(mark + r"(\d{8})")
         if mark_pattern.sub(lambda found: written[int(found[1])], marked) != rendered:
             found = "a message with a control token's string, which the template does not print as it is"
-            raise InputError(
-                f"{self._place}, chat template", found, "messages without " + ", ".join(sorted(set(written)))
-            )
+            raise InputError(self._template_place(place), found, "no " + " or ".join(sorted(set(written))))
         backend, secret_of = self._role_backend
         by_template: list[int] = []
 
@@ -225,7 +226,7 @@ class Side:
         ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         if not np.array_equal(self._controls_of(ids), self._controls_of(np.array(by_template, dtype=np.int64))):
             found = "a message in which the tokenizer's model sees a control token"
-            raise InputError(self._place, found, "control tokens that only their own strings make")
+            raise InputError(self._template_place(place), found, "control tokens that only their own strings make")
         return ids
 
 

@@ -12,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
@@ -107,8 +107,7 @@ def run_microbatches(
             None,
             packed_seq_params=packed_seq_params(microbatch),
         )
-        gpt = get_attr_wrapped_model(model, "share_embeddings_and_output_weights", return_model_obj=True)
-        return output, partial(finish, gpt, microbatch)
+        return output, partial(finish, unwrap_model(model), microbatch)
 
     batches = [iter(microbatches) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):

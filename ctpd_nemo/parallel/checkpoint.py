@@ -6,6 +6,7 @@ the final name is whole.
 
 import json
 import os
+import queue
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.transformer import MegatronModule
+from megatron.core.utils import unwrap_model
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
@@ -24,6 +27,11 @@ from ctpd_nemo.parallel.optimizer import LightningOptimizer
 _WRITING = ".writing"
 # The optimizer state as one tensor a parameter: the only kind that other layouts can read.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+# Megatron-Core's writer (0.16.1) hands results over through a queue in a process of its own, which it spawns and which
+# imports everything again. A synchronous save needs no more than a queue in this process.
+filesystem_async._results_queue = queue.Queue()
 
 
 @dataclass
@@ -39,10 +47,14 @@ class TrainState:
     fingerprints: dict[str, str]
 
 
+def _models(chunks: Sequence[MegatronModule]) -> dict[str, MegatronModule]:
+    """The models inside the data-parallel wrappers, by their place in a checkpoint's state."""
+    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+    return {name: unwrap_model(chunk) for name, chunk in zip(names, chunks, strict=True)}
+
+
 def _model_state(chunks: Sequence[MegatronModule]) -> dict[str, Any]:
-    if len(chunks) == 1:
-        return {"model": chunks[0].sharded_state_dict()}
-    return {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}
+    return {name: model.sharded_state_dict() for name, model in _models(chunks).items()}
 
 
 def _rng_state() -> dict[str, Any]:
@@ -138,8 +150,8 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
         if saved.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
     loaded = dist_checkpointing.load(sharded, str(folder))
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded["model" if len(chunks) == 1 else f"model{index}"])
+    for name, model in _models(chunks).items():
+        model.load_state_dict(loaded[name])
     if optimizer is not None:
         optimizer.megatron.load_state_dict(loaded["optimizer"])
         optimizer.scheduler.load_state_dict(loaded["scheduler"])

@@ -1,28 +1,61 @@
-"""How the tools end: quietly, or with one line and status 2 where the input is at fault."""
+"""How the tools begin and end: Hydra in front; one line and status 2 behind, where the input is at fault."""
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline import quiet
 
-T = TypeVar("T")
+Task = Callable[[DictConfig], Any]
 
 
-def entry_point(task: Callable[[DictConfig], T]) -> Callable[[DictConfig], T]:
-    """A task whose ``InputError`` becomes one line on standard error, written by rank 0, and exit status 2."""
+def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
+    """A command-line tool: NeMo's ``hydra_runner`` over ``conf/<config_name>.yaml`` beside the tool's folder.
 
-    @functools.wraps(task)
-    def run(config: DictConfig) -> T:
-        try:
-            return task(config)
-        except InputError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+    An ``InputError`` of the task becomes one line on standard error, written by rank 0, and exit status 2.
+    """
 
-    return run
+    def decorate(task: Task) -> Callable[[], None]:
+        @functools.wraps(task)
+        def guarded(config: DictConfig) -> None:
+            quiet.after_imports()
+            try:
+                task(config)
+            except InputError as error:
+                stop(error)
+
+        def main() -> None:
+            quiet.before_imports()
+            _log_to_terminal()
+            from nemo.core.config import hydra_runner
+
+            conf = Path(task.__code__.co_filename).resolve().parents[1] / "conf"
+            hydra_runner(config_path=str(conf), config_name=config_name)(guarded)()
+
+        return main
+
+    return decorate
+
+
+def stop(error: InputError) -> None:
+    """End the process over bad input."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _log_to_terminal() -> None:
+    """This project's own messages, from rank 0."""
+    logger = logging.getLogger("ctpd_nemo")
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    logger.addHandler(handler)
+    logger.propagate = False

@@ -54,9 +54,7 @@ def score(run: RunConfig) -> Path:
     def shards(dp_rank: int, dp_size: int) -> StepLoader:
         return _loader(data, method.pairs_per_shard, missing[dp_rank::dp_size])
 
-    def sink(
-        role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]
-    ) -> None:
+    def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
         ids = [data.train[row].id for row in rows]
         writer.write(role, shard, [PairScores(id_, *pair) for id_, pair in zip(ids, scores, strict=True)])
 
@@ -69,7 +67,9 @@ def score(run: RunConfig) -> Path:
 
 def _weights(folders: dict[str, str]) -> dict[str, str]:
     """The fingerprint of each role's weights; rank 0 reads the files."""
-    fingerprints = [{role: weights_fingerprint(folder) for role, folder in folders.items()} if dist.get_rank() == 0 else None]
+    fingerprints = [
+        {role: weights_fingerprint(folder) for role, folder in folders.items()} if dist.get_rank() == 0 else None
+    ]
     dist.broadcast_object_list(fingerprints)
     assert fingerprints[0] is not None
     return fingerprints[0]

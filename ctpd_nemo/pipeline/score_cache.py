@@ -178,7 +178,12 @@ class ScoreReader:
         """
         reference = self._pair("reference", pair_id)
         if self._method is None or "positive" not in self._tables:
-            return reference.chosen, reference.rejected, np.ones_like(reference.chosen), np.ones_like(reference.rejected)
+            return (
+                reference.chosen,
+                reference.rejected,
+                np.ones_like(reference.chosen),
+                np.ones_like(reference.rejected),
+            )
         positive, negative = self._pair("positive", pair_id), self._pair("negative", pair_id)
         chosen, rejected = (
             self._method.span_weights(torch.from_numpy(up), torch.from_numpy(down), sign).numpy()

@@ -5,15 +5,11 @@ import json
 import logging
 from pathlib import Path
 
-import torch.distributed as dist
-
-from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
-from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from ctpd_nemo.parallel.layout import world_size
 from ctpd_nemo.pipeline.callbacks import Checkpointing, MetricLog
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints
@@ -55,23 +51,6 @@ def train(run: RunConfig) -> Path:
         _write_config(run, folder)
     trainer.fit(model, ckpt_path=str(newest[0]) if newest else None)
     return find_checkpoints(checkpoints)[-1]
-
-
-def export(checkpoint: str | Path, reference: str | Path, folder: str | Path) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder; rank 0 does it, the others wait.
-
-    Args:
-        checkpoint: Of any layout.
-        reference: The Hugging Face folder that training started from: config, tokenizer, names.
-        folder: To write; must not be in use.
-
-    Raises:
-        InputError: One of the folders cannot be used.
-    """
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        export_hf(folder, reference, CheckpointTensors(checkpoint))
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _write_config(run: RunConfig, folder: Path) -> None:

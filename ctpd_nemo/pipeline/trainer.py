@@ -1,15 +1,12 @@
 """Lightning's trainer and NeMo's experiment manager, as every job here uses them."""
 
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 
 from ctpd_nemo.models.config import RunConfig
@@ -24,7 +21,6 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         total_steps: Optimizer steps; validation falls on the last where ``validate_every`` is 0.
         callbacks: Beside the progress bar.
     """
-    quiet_third_parties()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     trainer = pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
@@ -56,12 +52,3 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         },
     )
     return trainer
-
-
-def quiet_third_parties() -> None:
-    """Silence what libraries say that means nothing to a user, each at its own logger or warning class."""
-    nemo_logging.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric", "megatron", "megatron.core", "torch.distributed", "nv_one_logger"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for module in ("lightning", "megatron", "torch", "nemo", "pydantic"):
-        warnings.filterwarnings("ignore", module=module)

@@ -1,8 +1,8 @@
 """Run by ``test_parallel_load`` under ``torchrun``: load folders in several layouts and compare the logits of each.
 
 Arguments: layouts as ``tensor,pipeline,virtual``, joined by ``:``; then folders. Beside each folder lies
-``<folder>.pt`` with ``ids`` ``[T]`` and the expected ``logits`` ``[T, V]``. Prints layout, folder, largest difference,
-and saves each model as a checkpoint ``<folder>-<layout>``.
+``<folder>.pt`` with ``ids`` ``[T]``, the expected ``logits`` ``[T, V]``, and whether to ``save`` the loaded model as a
+checkpoint ``<folder>-<layout>``. Prints layout, folder, largest difference.
 """
 
 import sys
@@ -69,7 +69,8 @@ def main() -> None:
             architecture = read_architecture(folder)
             chunks = build_gpt(architecture, parallel, PrecisionConfig("fp32"))
             load_hf_weights(chunks, folder, architecture)
-            checkpoint.save(f"{folder}-{layout}", chunks, None, checkpoint.TrainState({}, {}))
+            if case["save"]:
+                checkpoint.save(f"{folder}-{layout}", chunks, None, checkpoint.TrainState({}, {}))
             logits = logits_of(chunks, case["ids"], parallel, architecture)
             if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 print("logits", layout, folder.name, (logits - case["logits"]).abs().max().item(), flush=True)

@@ -17,6 +17,7 @@ from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 
 CASES = ["llama-rope3-tied", "qwen2", "qwen3-tied", "mistral"]
+EXPORTED = ["qwen2", "qwen3-tied"]
 LAYOUTS = ["2,1,1", "1,2,2"]  # tensor, pipeline, virtual pipeline
 
 
@@ -29,7 +30,7 @@ def run_two(arguments: list[str]) -> str:
         [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            output, errors = process.communicate(timeout=180)
+            output, errors = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             process.terminate()  # unlike a kill, this lets it end its workers
             raise
@@ -47,7 +48,7 @@ def loaded_by_two(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory
         with torch.no_grad():
             logits = tiny.model(ids[None]).logits[0]
         (home / name).symlink_to(tiny.folder)
-        torch.save({"ids": ids, "logits": logits}, home / f"{name}.pt")
+        torch.save({"ids": ids, "logits": logits, "save": name in EXPORTED}, home / f"{name}.pt")
     output = run_two([":".join(LAYOUTS), *(str(home / name) for name in CASES)])
     return home, [line.split()[1:] for line in output.splitlines() if line.startswith("logits ")]
 
@@ -58,7 +59,7 @@ def test_two_ranks_reproduce_the_logits(loaded_by_two: tuple[Path, list[list[str
     assert all(float(difference) < 1e-4 for *_, difference in rows), rows
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EXPORTED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_export_from_a_checkpoint_of_any_layout_is_bit_for_bit(
     layout: str, case: str, loaded_by_two: tuple[Path, list[list[str]]], tmp_path: Path

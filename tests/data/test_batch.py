@@ -161,6 +161,18 @@ def test_a_microbatch_is_sent_as_three_buffers(pairs: list[EncodedPair]) -> None
         assert copy.max_seqlen == built.max_seqlen
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_pinned_microbatch_moves_whole(pairs: list[EncodedPair]) -> None:
+    built = build_microbatch(pairs, pad_token_id=0)
+    pinned = built.pin_memory()
+    moved = pinned.to("cuda")
+    torch.cuda.synchronize()
+    for name in FIELDS:
+        assert getattr(pinned, name).is_pinned()
+        assert getattr(moved, name).is_cuda
+        assert getattr(moved, name).cpu().equal(getattr(built, name)), name
+
+
 def saved(microbatch: Microbatch) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(microbatch, file)
@@ -181,6 +193,8 @@ def test_a_filler_has_tokens_and_nothing_else() -> None:
 def test_wrong_dtypes_and_empty_batches_are_errors(pairs: list[EncodedPair]) -> None:
     with pytest.raises(ValueError, match="no pairs"):
         build_microbatch([], pad_token_id=0)
+    with pytest.raises(ValueError, match="padding is 'none'"):
+        build_microbatch(pairs, pad_token_id=0, padding="none")
     built = build_microbatch(pairs, pad_token_id=0)
     fields = {name: getattr(built, name) for name in FIELDS}
     with pytest.raises(TypeError, match=r"labels is torch\.int32, not torch\.int64"):

@@ -151,6 +151,16 @@ def test_pairs_that_cannot_be_used_are_named_with_a_reason(bpe_side: Side) -> No
     ]
 
 
+def test_a_prompt_that_a_template_refuses_stops_with_its_place(bpe_side: Side) -> None:
+    refuse = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    side = Side(bpe_side.tokenizer, refuse + "{{ m.content }}{% endfor %}")
+    prompt = (Message("system", "a"), Message("user", "b"))
+    with pytest.raises(
+        InputError, match=r"^pairs\.jsonl:17, tokenizer .*fails on the roles system, user \(no system role"
+    ):
+        encode(PairEncoder(side, None, True, 64), [PreferencePair("a", prompt, "a", "b", "pairs.jsonl:17")])
+
+
 def test_texts_that_normalization_makes_equal_are_named(real_side: Callable[[str], Side]) -> None:
     pair = PreferencePair("nfc", (Message("user", "x"),), "caf\u00e9", "cafe\u0301", "")
     assert encode(PairEncoder(real_side("qwen2"), None, True, 64), [pair]) == [Skipped(0, "nfc", "equal_tokens")]

@@ -141,7 +141,7 @@ def test_a_template_that_rewrites_a_control_string_is_refused(bpe_tokenizer: Pre
         with_template(bpe_tokenizer, "{% if messages | length == 2 %}{{ messages[1].content }}{% endif %}" + shouting)
     )
     assert side.tokenizer.decode(side.render_prompt([Message("user", "sea")])) == "SEA<|im_end|>"
-    with pytest.raises(InputError, match=r"does not print as it is; expected messages without <\|im_end\|>"):
+    with pytest.raises(InputError, match=r"does not print as it is; expected no <\|im_end\|>"):
         side.render_prompt([Message("user", "sea <|im_end|>")])
 
 

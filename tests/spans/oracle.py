@@ -8,7 +8,8 @@ What it assumes: Unicode data of Python's ``unicodedata``; GPT-2's byte alphabet
 NFC, the convention of the ``tokenizers`` library that a composed character comes from the first character it is made of
 (so ``e`` + U+0301 comes from the ``e``, and U+0301 is covered by no token), and that after canonical ordering the origins
 are counted off in the new order: the first part of each decomposed character moves on to the next character of the text,
-its other parts stay at the one reached.
+its other parts stay at the one reached, and a composed character skips, right behind itself, as many characters as it
+took in.
 """
 
 import re
@@ -68,21 +69,25 @@ def nfc_letters(text: str) -> list[Letter]:
             stop += 1
         parts[index:stop] = sorted(parts[index:stop], key=lambda part: unicodedata.combining(part[0]))
         index = stop + 1
-    letters: list[Letter] = []
-    starter, last_class, source = None, -1, -1
+    composed: list[tuple[str, bool, int]] = []  # (character, whether it moves on, how many movers it took in)
+    starter, last_class = None, -1
     for char, is_first in parts:
-        source += is_first
         combining_class = unicodedata.combining(char)
         if starter is not None and last_class < combining_class:
-            composed = unicodedata.normalize("NFC", letters[starter].char + char)
-            if len(composed) == 1:
-                letters[starter] = Letter(composed, letters[starter].source)
+            base, base_is_first, taken = composed[starter]
+            joined = unicodedata.normalize("NFC", base + char)
+            if len(joined) == 1:
+                composed[starter] = (joined, base_is_first, taken + is_first)
                 continue
         if combining_class == 0:
-            starter, last_class = len(letters), -1
+            starter, last_class = len(composed), -1
         else:
             last_class = combining_class
-        letters.append(Letter(char, source))
+        composed.append((char, is_first, 0))
+    letters, source = [], -1
+    for char, is_first, taken in composed:
+        letters.append(Letter(char, source + is_first))
+        source += is_first + taken
     assert "".join(letter.char for letter in letters) == unicodedata.normalize("NFC", text)
     return letters
 

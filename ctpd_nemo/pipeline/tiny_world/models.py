@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -44,7 +45,7 @@ def student_config(size: ModelSize, tokenizer: PreTrainedTokenizerFast) -> Llama
     return LlamaConfig(**_shape(size, tokenizer), vocab_size=len(tokenizer), tie_word_embeddings=True)
 
 
-def _shape(size: ModelSize, tokenizer: PreTrainedTokenizerFast) -> dict[str, int | None]:
+def _shape(size: ModelSize, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return {
         "num_hidden_layers": size.num_layers,
         "hidden_size": size.hidden_size,

@@ -18,10 +18,7 @@ _TEST_SHARE = 0.2
 _WRONG_SHARE = 0.6
 """Of the rejected responses; the others are evasive."""
 
-_OPENINGS = (
-    *("", "", "", "Hi! ", "Hello. ", "Please help: ", "Quick question: ", "Zoë asks: ", "José asks: ", "For a quiz: "),
-    *("My naïve question: ", "At the café: ", "🙂 ", "Tell me: ", "Next one: ", "I forgot. ", "Be brief. "),
-)
+_OPENINGS = ("", "", "", "Hi! ", "Please: ", "Zoë asks: ", "José asks: ", "At the café: ", "🙂 ", "Next: ", "Quiz: ")
 _RESPONSE_OPENINGS = ("", "", "Sure, ", "Well, ", "I think ", "Hmm… ", "Voilà: ", "Oh 🙂 ")
 _RESPONSE_ENDINGS = (".", ".", "!", ", of course.", ", ça va?")
 _EVASIONS = (

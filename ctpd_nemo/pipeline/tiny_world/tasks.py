@@ -5,6 +5,8 @@ are rules to apply to the prompt (copy a word, find a colour, sort). A model of 
 part of them within a few hundred steps.
 """
 
+# ruff: noqa: SIM905 (forty words read better as a line of text)
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -44,14 +46,14 @@ def _another_number(rng: Random, number: int) -> str:
 
 
 def _larger(rng: Random) -> Task:
-    small, large = sorted(rng.sample(range(100), 2))
+    small, large = sorted(rng.sample(range(30), 2))
     question = rng.choice(("Which is larger, {} or {}?", "Which number is bigger: {} or {}?"))
     question = question.format(*rng.sample((small, large), 2))
     return Task(question, "the larger one is {}", str(large), str(small))
 
 
 def _parity(rng: Random) -> Task:
-    number = rng.randrange(100)
+    number = rng.randrange(50)
     question = rng.choice(("Is {} even or odd?", "Even or odd: {}?")).format(number)
     right, wrong = ("odd", "even") if number % 2 else ("even", "odd")
     return Task(question, f"{number} is {{}}", right, wrong)
@@ -68,10 +70,8 @@ def _sort(rng: Random) -> Task:
 
 
 _WORDS = (
-    "apple bread chair cloud dance dream earth field fire flag fruit garden glass grass green hand heart hill home "
-    "honey house ice island jacket kite knife lake lamp leaf lemon light mango moon music night ocean orange paper "
-    "pear piano plant queen rain river road robot rose sand ship snow spoon star stone storm sugar sun table tiger "
-    "train tree violin voice water wind window wolf wood zebra"
+    "apple bread chair cloud dance fire flag fruit glass hand heart hill house island jacket kite lake lamp lemon moon "
+    "music night ocean orange paper piano queen rain river road robot rose ship snow spoon stone tiger tree water wolf"
 ).split()
 
 
@@ -127,7 +127,7 @@ _COLOURS = "black blue brown green grey pink red white yellow".split()
 def _colour(rng: Random) -> Task:
     things, colours = rng.sample(_THINGS, 2), rng.sample(_COLOURS, 2)
     asked = rng.randrange(2)
-    story = "The {} is {}, the {} is {}.".format(things[0], colours[0], things[1], colours[1])
+    story = f"The {things[0]} is {colours[0]}, the {things[1]} is {colours[1]}."
     question = rng.choice(("What colour is the {}?", "And the {}?")).format(things[asked])
     return Task(f"{story} {question}", f"the {things[asked]} is {{}}", colours[asked], colours[1 - asked])
 

@@ -85,7 +85,7 @@ def train_unigram(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 def _unigram_backend(model: models.Unigram) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    # split=False lets pieces run across words; with it on, a text this plain has too few different words for the pieces.
+    # split=False lets pieces run across words: a text this plain has too few different words for the pieces wanted.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     # Not decoders.Metaspace, which drops every space of the first piece.
     tokenizer.decoder = decoders.Sequence(

@@ -1,0 +1,44 @@
+"""From a checkpoint to a Hugging Face folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ctpd_nemo.convert.export import export_hf
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
+
+
+@dataclass
+class ExportConfig:
+    """What to export.
+
+    Attributes:
+        checkpoint: A checkpoint folder, of any layout.
+        reference: The Hugging Face folder that training started from: its config, tokenizer and names are kept.
+        folder: To write; must not be in use.
+    """
+
+    checkpoint: str | None = None
+    reference: str | None = None
+    folder: str | None = None
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the weights of a checkpoint as a folder that ``transformers`` loads; rank 0 does it, the others wait.
+
+    One process holds one tensor and one shard of the export at a time; the layout of the checkpoint does not matter.
+
+    Raises:
+        InputError: One of the folders is missing or cannot be used.
+    """
+    for key in ("checkpoint", "reference", "folder"):
+        if not getattr(config, key):
+            raise InputError(key, "nothing", "a folder")
+    assert config.checkpoint and config.reference and config.folder
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        export_hf(config.folder, config.reference, CheckpointTensors(config.checkpoint))
+    if dist.is_initialized():
+        dist.barrier()
+    return Path(config.folder)

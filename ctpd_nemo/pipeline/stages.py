@@ -1,0 +1,220 @@
+"""The paper's stages chained into one run that can be cut off and started again.
+
+Each stage has a folder in the run folder, with ``stage.json``: a fingerprint of what the stage was computed from, and
+whether it is complete. A complete stage whose fingerprint still holds is skipped. One that was cut off goes on from its
+newest checkpoint or shard. One whose inputs have changed is done again; what it had made is moved aside, not deleted.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
+
+from ctpd_nemo.convert.fingerprint import weights_fingerprint
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.pipeline.config import run_config
+from ctpd_nemo.pipeline.export import ExportConfig, export
+from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.train import train
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the recipe.
+
+    Attributes:
+        name: Its key under ``stages`` in the config, and its folder.
+        policy: Which model it trains; for scoring, whose spans.
+        inputs: Config key -> the earlier stage whose output goes there.
+    """
+
+    name: str
+    policy: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+_SFT_TEACHER = {"model.teacher.path": "sft_teacher"}
+_SFT_BOTH = {"model.student.path": "sft_student", **_SFT_TEACHER}
+# CTPD, figure 1: fine-tune both, train the contrastive teacher pair, score, distil.
+STAGES = (
+    Stage("sft_teacher", "teacher"),
+    Stage("sft_student", "student"),
+    Stage("dpo_positive", "teacher", _SFT_TEACHER),
+    Stage("dpo_negative", "teacher", _SFT_TEACHER),
+    Stage(
+        "score",
+        "student",
+        {
+            **_SFT_BOTH,
+            "method.reference": "sft_teacher",
+            "method.positive": "dpo_positive",
+            "method.negative": "dpo_negative",
+        },
+    ),
+    Stage("dpo_student", "student", {"model.student.path": "sft_student"}),
+    Stage("ctpd", "student", {**_SFT_BOTH, "method.scores": "score"}),
+)
+_STATUS = "stage.json"
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What became of a stage.
+
+    Attributes:
+        output: The Hugging Face folder of a training stage, the cache of the scoring stage.
+        seconds: Wall time when it was done, in this run or an earlier one.
+        skipped: Whether it was complete before.
+    """
+
+    output: Path
+    seconds: float
+    skipped: bool
+
+
+def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
+    """Run every stage that ``config.stages`` names, in the order of the recipe.
+
+    Args:
+        config: Values for all stages, and under ``stages.<name>`` those of one. A stage that is null is left out.
+
+    Raises:
+        InputError: A value, file or folder cannot be used.
+    """
+    known = [stage.name for stage in STAGES]
+    for name in config.stages:
+        if name not in known:
+            raise InputError(f"stages.{name}", "a stage that is not known", "one of " + ", ".join(known))
+    initialize(ParallelConfig())
+    results: dict[str, StageResult] = {}
+    fingerprints: dict[str, str] = {}
+    for stage in STAGES:
+        if config.stages.get(stage.name) is None:
+            continue
+        run = _stage_run(config, stage, results)
+        fingerprints[stage.name] = _on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
+        results[stage.name] = _run_stage(stage, run, fingerprints[stage.name])
+        gc.collect()
+    return results
+
+
+def _stage_run(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
+    """The config of one stage: the common values, its own, and the outputs of the stages before it."""
+    common = {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "stages"}
+    own = OmegaConf.create(OmegaConf.to_container(config.stages[stage.name], resolve=True))
+    merged = OmegaConf.merge(common, own, {"policy": stage.policy})
+    merged.run_dir = str(Path(config.run_dir) / stage.name)
+    for key, source in stage.inputs.items():
+        if source not in results:
+            raise InputError(f"stages.{source}", "null", f"a stage: {stage.name} builds on it")
+        OmegaConf.update(merged, key, str(results[source].output), force_add=True)
+    if stage.name == "score":
+        OmegaConf.update(merged, "method.cache", str(Path(merged.run_dir) / "cache"), force_add=True)
+    return run_config(merged)
+
+
+def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
+    folder = Path(run.run_dir)
+    output = folder / ("cache" if stage.name == "score" else "export")
+    status = _on_rank_0(lambda: _prepare(folder, fingerprint))
+    if status.get("complete"):
+        logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
+        return StageResult(output, status["seconds"], skipped=True)
+    logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
+    started = time.perf_counter()
+    if stage.name == "score":
+        score(run)
+    else:
+        checkpoint = train(run)
+        if not output.exists():
+            export(ExportConfig(str(checkpoint), run.policy_side().path, str(output)))
+    seconds = time.perf_counter() - started
+    _on_rank_0(lambda: _write_status(folder, fingerprint, complete=True, seconds=seconds))
+    logger.info("%-13s done in %.0f s: %s", stage.name, seconds, output)
+    return StageResult(output, seconds, skipped=False)
+
+
+def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
+    """The status of a stage that is still good, or an empty one for a stage that begins."""
+    path = folder / _STATUS
+    if path.exists():
+        status = json.loads(path.read_text(encoding="utf-8"))
+        if status["fingerprint"] == fingerprint:
+            return status
+        aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
+        folder.rename(aside)
+        logger.info("%-13s inputs have changed: what it had made is now in %s", folder.name, aside)
+    _write_status(folder, fingerprint, complete=False, seconds=0.0)
+    return {}
+
+
+def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    status = {"fingerprint": fingerprint, "complete": complete, "seconds": seconds}
+    writing = folder / (_STATUS + ".writing")
+    writing.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
+    writing.replace(folder / _STATUS)
+
+
+def _fingerprint(run: RunConfig, stage: Stage, stages: Mapping[str, str]) -> str:
+    """A hash of everything that the numbers of a stage depend on, folders by content and not by place."""
+    values = OmegaConf.to_container(OmegaConf.structured(run))
+    assert isinstance(values, dict)
+    sides = {"student", "teacher"} if stage.name in ("score", "ctpd") else {run.policy}
+    content: dict[str, Any] = {
+        "seed": run.seed,
+        **{key: values[key] for key in ("data", "optim", "parallel", "precision", "trainer")},
+        "method": {key: value for key, value in vars(run.method).items() if f"method.{key}" not in stage.inputs},
+        "stages": {key: stages[source] for key, source in stage.inputs.items()},
+        "files": {path: _content(Path(path)) for path in [*run.data.train, *run.data.validation]},
+    }
+    content["method"].pop("cache", None)
+    for name in sides:
+        side = getattr(run.model, name)
+        content[name] = {"tokenizer": side.tokenizer, "chat_template": side.chat_template}
+        if f"model.{name}.path" not in stage.inputs and side.path is not None:
+            content[name]["weights"] = weights_fingerprint(side.path)
+            content[name]["tokenizer_files"] = _content(Path(side.path), "tokenizer*")
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _content(path: Path, pattern: str = "*") -> str:
+    """SHA-256 of a file, or of the files of a folder with their names."""
+
+    def files() -> Iterator[Path]:
+        yield from sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
+
+    total = hashlib.sha256()
+    for file in files():
+        if not file.is_file():
+            raise InputError(str(file), "no such file", "a preference file")
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256")
+        total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode() + digest.digest())
+    return total.hexdigest()
+
+
+def _on_rank_0(task: Any) -> Any:
+    """What ``task`` returns on rank 0, on every rank; an ``InputError`` it raises is raised on every rank."""
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [task()]
+        except InputError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]
