@@ -112,6 +112,7 @@ def evaluate_folder(
     max_new_tokens: int = 48,
     max_length: int = 2048,
     include_eos: bool = True,
+    chat_template: str | Path | None = None,
     device: str = "cpu",
     limit: int | None = None,
     sample_seed: int | None = None,
@@ -131,6 +132,7 @@ def evaluate_folder(
         max_new_tokens: Longest generated response.
         max_length: Longest sequence, prompt and response, in tokens; longer responses are cut, as in training.
         include_eos: Whether the end of the turn is scored.
+        chat_template: A Jinja template or the path of one, for both folders; by default each tokenizer's own.
         device: As ``torch`` names it.
         limit: Only the first so many pairs.
         sample_seed: Also answer by sampling, from this seed; ``None`` for greedy answers alone.
@@ -139,39 +141,49 @@ def evaluate_folder(
         InputError: The file has no usable pair; an ``answer`` is no string; a folder holds no usable model.
     """
     rows = _read_rows(Path(pairs_file), limit)
-    encoder = _encoder(folder, max_length, include_eos)
-    if reference is None or Path(reference).resolve() == Path(folder).resolve():
-        rows, (encoded,), skipped = _encode(rows, [encoder])
-        reference_margin = None
-    else:
-        reference_encoder = _encoder(reference, max_length, include_eos)
-        rows, (encoded, reference_encoded), skipped = _encode(rows, [encoder, reference_encoder])
+    folders = [Path(folder)]
+    if reference is not None and Path(reference).resolve() != Path(folder).resolve():
+        folders.append(Path(reference))
+    encoders = [_encoder(path, chat_template, max_length, include_eos) for path in folders]
+    rows, (encoded, *reference_encoded), skipped = _encode(rows, encoders)
+    reference_margin: FloatArray | None = None
+    for pairs in reference_encoded:
         # The reference goes first, and has left the memory before the model comes.
-        chosen, rejected = _pair_logprobs(_load_model(reference, device), reference_encoded, batch_size)
+        chosen, rejected = _pair_logprobs(_load_model(folders[1], device), pairs, batch_size)
         reference_margin = chosen - rejected
-
     model = _load_model(folder, device)
     chosen, rejected = _pair_logprobs(model, encoded, batch_size)
     values = _preference_values(encoded, chosen, rejected)
     values["reward_margin"] = np.zeros(len(rows)) if reference_margin is None else chosen - rejected - reference_margin
 
-    prompts = [pair.chosen.policy.prompt_ids for pair in encoded]
-    responses = _generate(model, encoder.policy, prompts, batch_size, max_new_tokens)
-    is_right = _is_right(rows, responses)
+    # Where no answer is known, a few responses to look at are enough.
+    asked = rows if any(row.answer is not None for row in rows) else rows[:_N_SAMPLES]
+    prompts = [pair.chosen.policy.prompt_ids for pair in encoded[: len(asked)]]
+    responses = _generate(model, encoders[0].policy, prompts, batch_size, max_new_tokens)
+    is_right = _is_right(asked, responses)
     values["answer_accuracy"] = _known(is_right)
-    sampled: list[bool | None] = []
     if sample_seed is not None:
-        sampled = _is_right(rows, _generate(model, encoder.policy, prompts, batch_size, max_new_tokens, sample_seed))
-    values["sampled_answer_accuracy"] = _known(sampled)
+        sampled = _generate(model, encoders[0].policy, prompts, batch_size, max_new_tokens, sample_seed)
+        values["sampled_answer_accuracy"] = _known(_is_right(asked, sampled))
+    return _summary(rows, skipped, values, responses, is_right)
 
-    means = {name: float(value.mean()) if len(value) else None for name, value in values.items()}
+
+def _summary(
+    rows: Sequence[_Row],
+    skipped: Counter[str],
+    values: dict[str, FloatArray],
+    responses: Sequence[str],
+    is_right: Sequence[bool | None],
+) -> Evaluation:
+    known = {name: value for name, value in values.items() if len(value)}
+    means: dict[str, Any] = {name: float(value.mean()) for name, value in known.items()}
     return Evaluation(
         n=len(rows),
         skipped=dict(skipped),
-        **means,  # type: ignore[arg-type]
-        preference_accuracy_by_fault=_mean_by([row.fault for row in rows], values["preference_accuracy"]),
-        answer_accuracy_by_kind=_mean_by([row.kind for row in rows], is_right),
-        standard_errors={name: _standard_error(value) for name, value in values.items() if len(value)},
+        **{"answer_accuracy": None, "sampled_answer_accuracy": None, **means},
+        preference_accuracy_by_fault=_mean_by([row.fault for row in rows], values["preference_accuracy"].tolist()),
+        answer_accuracy_by_kind=_mean_by([row.kind for row in rows[: len(is_right)]], is_right),
+        standard_errors={name: _standard_error(value) for name, value in known.items()},
         samples=[
             Sample(row.pair.id, row.pair.prompt[-1].content, response, row.answer, right)
             for row, response, right in zip(rows[:_N_SAMPLES], responses, is_right, strict=False)
@@ -199,7 +211,7 @@ def _read_rows(path: Path, limit: int | None) -> list[_Row]:
     return rows
 
 
-def _encoder(folder: str | Path, max_length: int, include_eos: bool) -> PairEncoder:
+def _encoder(folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool) -> PairEncoder:
     from transformers import AutoTokenizer
 
     from ctpd_nemo.data.encode import PairEncoder
@@ -209,7 +221,7 @@ def _encoder(folder: str | Path, max_length: int, include_eos: bool) -> PairEnco
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError) as error:
         raise InputError(str(folder), f"no tokenizer ({error})", "a Hugging Face folder with a tokenizer") from error
-    return PairEncoder(Side(tokenizer), None, include_eos, max_length)
+    return PairEncoder(Side(tokenizer, chat_template), None, include_eos, max_length)
 
 
 def _encode(
@@ -242,7 +254,7 @@ def _load_model(folder: str | Path, device: str) -> CausalModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+        model: CausalModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
     except (OSError, ValueError) as error:
         raise InputError(str(folder), f"no model ({error})", "a Hugging Face folder of a causal model") from error
     return model.to(device).eval()
@@ -360,7 +372,7 @@ def _standard_error(values: FloatArray) -> float:
     return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
-def _mean_by(groups: Sequence[str | None], values: Sequence[float | None] | FloatArray) -> dict[str, float]:
+def _mean_by(groups: Sequence[str | None], values: Sequence[float | None]) -> dict[str, float]:
     """The mean of the known values of each group, groups in order of appearance."""
     members: dict[str, list[float]] = defaultdict(list)
     for group, value in zip(groups, values, strict=True):

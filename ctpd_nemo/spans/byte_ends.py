@@ -123,19 +123,20 @@ def _spelled_ends(
     """
     spelled, piece_bounds = pieces.spell(ids)
     begins = piece_bounds[first_token].tolist()
-    shifts, misspelled = [], []
+    shifts, misspelled, has_dummy_space = [], [], False
     for index, data in enumerate(encoded):
         shift = first_byte[index] - begins[index]
         read = spelled[begins[index] : begins[index + 1]]
         if read != data:
             if read == b" " + data:
+                has_dummy_space = True
                 shift -= 1
             elif first_token[index] < first_token[index + 1]:
                 misspelled.append(index)
         shifts.append(shift)
 
     ends = piece_bounds[1:]
-    if any(shifts):
+    if has_dummy_space or any(shifts):
         token_counts = np.diff(first_token)
         ends += np.repeat(shifts, token_counts)
         # A dummy space that is a token by itself ends where its text begins; it closes with the token that follows.
