@@ -8,8 +8,8 @@ from ctpd_nemo.pipeline.entry import tool
 @tool("export")
 def main(config: DictConfig) -> None:
     """Export the checkpoint."""
-    from ctpd_nemo.pipeline.export import ExportConfig, export
     from ctpd_nemo.pipeline.config import typed
+    from ctpd_nemo.pipeline.export import ExportConfig, export
 
     export(typed(ExportConfig, config))
 

@@ -28,7 +28,12 @@ def _chunks(num_tokens: int, vocab: int) -> list[slice]:
 class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor, real_rows: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        labels_N: Tensor,
+        real_rows: int,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         rank = 0 if group is None else group.rank()
         own_N = labels_N - rank * len(weight_VH)

@@ -73,7 +73,12 @@ def preference_loss(
 
 
 def span_weights(
-    positive_S: Tensor, negative_S: Tensor, sign: float | Tensor, scale: float = 1.0, lower: float = -0.5, upper: float = 1.5
+    positive_S: Tensor,
+    negative_S: Tensor,
+    sign: float | Tensor,
+    scale: float = 1.0,
+    lower: float = -0.5,
+    upper: float = 1.5,
 ) -> Tensor:
     r"""Importance weights from the contrastive teacher pair (CTPD, section 3.4).
 

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +63,7 @@ class MegatronModel(ModelPT):
         if run.data.max_length > self.architecture.max_position_embeddings:
             longest = self.architecture.max_position_embeddings
             raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
-        self.chunks: Sequence[Any] = []
+        self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
         self.last_validation: dict[str, float] = {}
         self._validation: list[StepLoss] = []
@@ -84,18 +83,23 @@ class MegatronModel(ModelPT):
 
     # Building
 
+    @property
+    def chunks(self) -> list[Any]:
+        """This rank's model chunks in their data-parallel wrappers."""
+        return list(self._chunks)
+
     def configure_model(self) -> None:
         """Build this rank's chunks and read its weights; Lightning calls it when the process groups are there."""
-        if self.chunks:
+        if len(self._chunks):
             return
         gpt = build_gpt(self.architecture, self.run.parallel, self.run.precision)
         load_hf_weights(gpt, self.run_data.policy_path, self.architecture)
-        self.chunks = torch.nn.ModuleList(wrap_data_parallel(gpt, self.run.parallel))
+        self._chunks.extend(wrap_data_parallel(gpt, self.run.parallel))
 
     def configure_optimizers(self) -> LightningOptimizer:  # type: ignore[override]
         """Megatron's AdamW and schedule over all steps of the run."""
         return LightningOptimizer(
-            *build_optimizer(list(self.chunks), self.run.optim, self.run.parallel, self.run_data.total_steps)
+            *build_optimizer(self.chunks, self.run.optim, self.run.parallel, self.run_data.total_steps)
         )
 
     # Data
@@ -141,7 +145,9 @@ class MegatronModel(ModelPT):
         for name, value in self.fingerprints().items():
             if saved.get(name) != value:
                 raise InputError(
-                    f"{self.run.run_dir}, resume, {name}", str(value), f"what the checkpoint was trained on: {saved.get(name)}"
+                    f"{self.run.run_dir}, resume, {name}",
+                    str(value),
+                    f"what the checkpoint was trained on: {saved.get(name)}",
                 )
 
     # Steps

@@ -64,9 +64,7 @@ class CTPDConfig:
 
     def span_weights(self, positive_S: Tensor, negative_S: Tensor, sign: float | Tensor) -> Tensor:
         """Importance weights of spans; ``sign`` is +1 for chosen and -1 for rejected responses."""
-        return span_weights(
-            positive_S, negative_S, sign, self.weight_scale, self.weight_lower, self.weight_upper
-        )
+        return span_weights(positive_S, negative_S, sign, self.weight_scale, self.weight_lower, self.weight_upper)
 
 
 class CTPD(PreferenceModel):

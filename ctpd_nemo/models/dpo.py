@@ -65,7 +65,5 @@ class DPO(PreferenceModel):
     def prepare_step(self, batch: StepBatch) -> None:
         """Score the microbatches with the starting weights, where nothing is cached."""
         if self.run.method.reference == "online":
-            for microbatch, reference_S in zip(
-                batch.microbatches, self.frozen.score(batch.microbatches), strict=False
-            ):
+            for microbatch, reference_S in zip(batch.microbatches, self.frozen.score(batch.microbatches), strict=False):
                 microbatch.reference_logprobs.copy_(reference_S)

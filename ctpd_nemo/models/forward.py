@@ -136,7 +136,7 @@ def mean_metrics(losses: Sequence[StepLoss], names: Sequence[str], device: torch
         for column, name in enumerate(names):
             table[0, column] += loss.sums[name]
             table[1, column] += loss.counts[name]
-    # Stages other than the last add zero; tensor- and context-parallel ranks add equal copies, which cancel in the mean.
+    # Stages other than the last add zero; tensor- and context-parallel ranks add equal copies, which cancel out.
     dist.all_reduce(table)
     mean = table[0] / table[1].clamp(min=1)
     return dict(zip(names, mean.tolist(), strict=True))

@@ -1,6 +1,7 @@
 """A Megatron-Core GPT model from an architecture, a layout and a precision."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def transformer_config(
     _check_divisible(architecture, parallel)
     dtype = precision.torch_dtype()
     window = architecture.sliding_window
-    recompute = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
+    recompute: dict[str, Any] = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
     if parallel.recompute == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
@@ -147,7 +148,7 @@ def build_gpt(architecture: Architecture, parallel: ParallelConfig, precision: P
     """The model chunks of this rank, on its device, weights not yet set.
 
     Returns:
-        One ``GPTModel``, or one a virtual pipeline stage. Forward returns hidden states ``[1, T, H]`` on the last stage.
+        One ``GPTModel``, or one a virtual pipeline stage; forward of the last stage returns hidden states ``[1, T, H]``.
 
     Raises:
         InputError: The sizes of architecture and layout do not fit.

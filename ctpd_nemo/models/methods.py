@@ -35,4 +35,6 @@ METHODS = {
 }
 
 # Every value of ``method.name``: what is trained, and scoring.
-METHOD_CONFIGS: dict[str, type[Any]] = {name: method.config for name, method in METHODS.items()} | {"score": ScoreConfig}
+METHOD_CONFIGS: dict[str, type[Any]] = {name: method.config for name, method in METHODS.items()} | {
+    "score": ScoreConfig
+}

@@ -112,15 +112,17 @@ class Scorer(ModelPT):
         for role, model in self.models.items():
             scores = model.score(batch.microbatches)
             if scores and _speaks_for_replica():
-                pairs = [pair for spans, part in zip(batch.microbatches, scores, strict=True) for pair in _pairs(spans, part)]
+                pairs = [
+                    pair for spans, part in zip(batch.microbatches, scores, strict=True) for pair in _pairs(spans, part)
+                ]
                 pairs.sort(key=lambda pair: pair[0])
-                self.sink(role, batch.step, [row for row, *_ in pairs], [(chosen, rejected) for _, chosen, rejected in pairs])
+                self.sink(
+                    role, batch.step, [row for row, *_ in pairs], [(chosen, rejected) for _, chosen, rejected in pairs]
+                )
 
     def predict_dataloader(self) -> StepLoader:
         """The shards of this replica."""
-        return self.shards(
-            parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        )
+        return self.shards(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
         """Move the microbatches of a shard."""

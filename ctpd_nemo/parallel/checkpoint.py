@@ -67,7 +67,10 @@ def _rng_state() -> dict[str, Any]:
 
 def _rng_object() -> ShardedObject:
     """The random states of this rank; ranks of one data-parallel group hold the same."""
-    pipeline, tensor = parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_tensor_model_parallel_group()
+    pipeline, tensor = (
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_tensor_model_parallel_group(),
+    )
     return ShardedObject(
         "rng_state",
         _rng_state(),

@@ -40,7 +40,9 @@ def layer_spec(qk_norm: bool, use_transformer_engine: bool) -> ModuleSpec:
     return spec
 
 
-def block_spec(layer: ModuleSpec, num_layers: int, use_transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(
+    layer: ModuleSpec, num_layers: int, use_transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
     """The spec of one pipeline stage: ``num_layers`` equal layers and the norm that ends the last stage.
 
     Megatron-Core wraps a lone layer spec by itself, with a final norm that refuses sequence parallelism where

@@ -105,9 +105,7 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(
-            megatron_config, chunks, use_gloo_process_groups=torch.cuda.is_available()
-        )
+        optimizer = get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=torch.cuda.is_available())
     if config.bf16:
         config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(

@@ -43,7 +43,9 @@ class MegatronStrategy(DDPStrategy):
         device = local_device()
         super().__init__(
             accelerator=None,
-            parallel_devices=[torch.device(device.type, i) if device.type == "cuda" else device for i in range(devices)],
+            parallel_devices=[
+                torch.device(device.type, i) if device.type == "cuda" else device for i in range(devices)
+            ],
         )
         self.parallel = parallel
         self.seed = seed

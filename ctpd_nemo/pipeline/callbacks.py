@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
 
 
@@ -52,13 +51,11 @@ class MetricLog(Callback):
             kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
             self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: MegatronModel, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
         self._append(trainer, {"step": trainer.global_step, **pl_module.last_metrics})
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: MegatronModel) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Append the means over the held-out pairs."""
         self._append(trainer, {"step": trainer.global_step, **pl_module.last_validation})
 

@@ -33,12 +33,16 @@ def export(config: ExportConfig) -> Path:
     Raises:
         InputError: One of the folders is missing or cannot be used.
     """
-    for key in ("checkpoint", "reference", "folder"):
-        if not getattr(config, key):
-            raise InputError(key, "nothing", "a folder")
-    assert config.checkpoint and config.reference and config.folder
+    checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
     if not dist.is_initialized() or dist.get_rank() == 0:
-        export_hf(config.folder, config.reference, CheckpointTensors(config.checkpoint))
+        export_hf(folder, reference, CheckpointTensors(checkpoint))
     if dist.is_initialized():
         dist.barrier()
-    return Path(config.folder)
+    return Path(folder)
+
+
+def _given(config: ExportConfig, key: str) -> str:
+    value = getattr(config, key)
+    if not value:
+        raise InputError(key, "nothing", "a folder")
+    return value

@@ -112,9 +112,10 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
 
 def _stage_run(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
     """The config of one stage: the common values, its own, and the outputs of the stages before it."""
-    common = {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "stages"}
-    own = OmegaConf.create(OmegaConf.to_container(config.stages[stage.name], resolve=True))
-    merged = OmegaConf.merge(common, own, {"policy": stage.policy})
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    own = values.pop("stages")[stage.name]
+    merged = OmegaConf.merge(values, own, {"policy": stage.policy})
+    assert isinstance(merged, DictConfig)
     merged.run_dir = str(Path(config.run_dir) / stage.name)
     for key, source in stage.inputs.items():
         if source not in results:

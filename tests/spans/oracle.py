@@ -15,6 +15,7 @@ took in.
 import re
 import unicodedata
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -119,6 +120,8 @@ def token_ends(text: str, letters: list[Letter], pieces: list[bytes], is_dropped
     # Every byte of the letters: its letter, and how many bytes of the letter end with it.
     stream = [(at, used) for at, letter in enumerate(letters) for used in range(1, len(letter.char.encode()) + 1)]
     assert b"".join(pieces) == "".join(letter.char for letter in letters).encode()
+    last_of = {letter.source: at for at, letter in enumerate(letters)}
+    made_of = Counter(letter.source for letter in letters)
     char_begin = [0]
     for char in text:
         char_begin.append(char_begin[-1] + len(char.encode()))
@@ -129,13 +132,12 @@ def token_ends(text: str, letters: list[Letter], pieces: list[bytes], is_dropped
         position += len(piece)
         at, used = stream[position - 1]
         char, source = letters[at]
-        shared = [letter for letter in letters if letter.source == source] if source is not None else []
         if source is None:
             ends.append(None)
         elif used < len(char.encode()):
-            ends.append(char_begin[source] + used if char == text[source] and len(shared) == 1 else None)
+            ends.append(char_begin[source] + used if char == text[source] and made_of[source] == 1 else None)
         else:
-            ends.append(char_begin[source + 1] if letters[at] is shared[-1] else None)
+            ends.append(char_begin[source + 1] if at == last_of[source] else None)
     if ends:
         ends[-1] = char_begin[-1]
     return ends

@@ -114,6 +114,7 @@ def _fast(tokenizer: Tokenizer, special: Sequence[str], template: str, **roles: 
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=template,
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=512,
         **roles,
     )

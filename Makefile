@@ -1,0 +1,40 @@
+# quickstart and test make their own .venv; a second run does nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# On a machine with CUDA, set CONSTRAINTS= to keep its own build of torch.
+CONSTRAINTS ?= constraints-cpu.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-all lint clean
+
+quickstart: $(VENV)/.installed
+	OMP_NUM_THREADS=2 $(BIN)/python tools/quickstart.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	@echo "installing into $(VENV): a few minutes, once"
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs
