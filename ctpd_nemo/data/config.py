@@ -15,7 +15,7 @@ class DataConfig:
         split: Which split of a ``datasets`` folder that holds several.
         on_bad: What to do with a row that cannot be used: "stop", or "skip" and count it.
         max_length: Longest sequence, prompt and response, in tokens of either tokenizer.
-        max_prompt_length: Longest prompt in tokens; a pair with a longer one is skipped and counted. ``None``: no limit.
+        max_prompt_length: Longest prompt in tokens; a pair with a longer one is skipped and counted. ``None``: any.
         include_eos: Whether the end of the turn is trained and scored, as one last span of its own.
         global_batch_size: Pairs an optimizer step.
         microbatch_tokens: Tokens a microbatch holds at most; at least ``2 * max_length``, so that any pair fits.

@@ -148,7 +148,7 @@ def build_gpt(architecture: Architecture, parallel: ParallelConfig, precision: P
     """The model chunks of this rank, on its device, weights not yet set.
 
     Returns:
-        One ``GPTModel``, or one a virtual pipeline stage; forward of the last stage returns hidden states ``[1, T, H]``.
+        One ``GPTModel``, or one a virtual pipeline stage; forward of the last one returns hidden states ``[1, T, H]``.
 
     Raises:
         InputError: The sizes of architecture and layout do not fit.

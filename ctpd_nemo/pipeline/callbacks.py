@@ -1,6 +1,9 @@
 """What happens beside the training loop: checkpoints, the metric log."""
 
+import datetime
 import json
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
+
+logger = logging.getLogger(__name__)
 
 
 class Checkpointing(Callback):
@@ -30,6 +35,34 @@ class Checkpointing(Callback):
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
             for old in find_checkpoints(self.folder)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+class ProgressLines(Callback):
+    """A line of metrics now and then, where there is no terminal to draw a bar on."""
+
+    def __init__(self, title: str, lines: int = 5) -> None:
+        """Args:
+        title: What the lines begin with.
+        lines: How many there are over the whole run.
+        """
+        self.title = title
+        self.lines = lines
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._started = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the step where it is due."""
+        step, total = trainer.global_step, trainer.max_steps
+        if step % max(1, total // self.lines) and step != total:
+            return
+        per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
+        shown = "  ".join(f"{name} {pl_module.last_metrics[name]:.3f}" for name in pl_module.shown_metrics)
+        left = datetime.timedelta(seconds=round(per_step * (total - step)))
+        rate = pl_module.last_metrics["tokens_per_second"]
+        logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
 
 
 class MetricLog(Callback):

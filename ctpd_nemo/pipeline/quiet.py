@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 import warnings
 
 _LOGGERS = (
@@ -34,14 +33,21 @@ def before_imports() -> None:
         warnings.filterwarnings("ignore", message=message)
     for module in ("lightning", "megatron", "nemo", "pydantic", "torch.distributed"):
         warnings.filterwarnings("ignore", module=rf"{module}\b")
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # transformers draws a bar for every read and write of a few tensors.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _lower_loggers()
 
 
 def after_imports() -> None:
-    """NeMo's logger sets its own level when it is imported."""
+    """Once more: NeMo and Lightning set the levels of their own loggers when they are imported."""
     from nemo.utils import logging as nemo_logging
+    from transformers.utils import logging as transformers_logging
 
     nemo_logging.setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    # A bar for every read and write of a few tensors.
+    transformers_logging.disable_progress_bar()
+    _lower_loggers()
+
+
+def _lower_loggers() -> None:
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

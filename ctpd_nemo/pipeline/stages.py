@@ -97,6 +97,9 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     for name in config.stages:
         if name not in known:
             raise InputError(f"stages.{name}", "a stage that is not known", "one of " + ", ".join(known))
+    for name in config.only or ():
+        if config.stages.get(name) is None:
+            raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
     initialize(ParallelConfig())
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
@@ -104,8 +107,12 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
         if config.stages.get(stage.name) is None:
             continue
         run = _stage_run(config, stage, results)
-        fingerprints[stage.name] = _on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
-        results[stage.name] = _run_stage(stage, run, fingerprints[stage.name])
+        fingerprint = _on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
+        fingerprints[stage.name] = fingerprint
+        if config.only is None or stage.name in config.only:
+            results[stage.name] = _run_stage(stage, run, fingerprint)
+        elif done := _complete(stage, run, fingerprint):
+            results[stage.name] = done
         gc.collect()
     return results
 
@@ -113,26 +120,39 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
 def _stage_run(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
     """The config of one stage: the common values, its own, and the outputs of the stages before it."""
     values: Any = OmegaConf.to_container(config, resolve=True)
+    del values["only"]
     own = values.pop("stages")[stage.name]
     merged = OmegaConf.merge(values, own, {"policy": stage.policy})
     assert isinstance(merged, DictConfig)
     merged.run_dir = str(Path(config.run_dir) / stage.name)
     for key, source in stage.inputs.items():
         if source not in results:
-            raise InputError(f"stages.{source}", "null", f"a stage: {stage.name} builds on it")
+            found = "null" if config.stages.get(source) is None else f"nothing complete in {config.run_dir}/{source}"
+            raise InputError(f"stages.{source}", found, f"a stage that is done: {stage.name} builds on it")
         OmegaConf.update(merged, key, str(results[source].output), force_add=True)
     if stage.name == "score":
         OmegaConf.update(merged, "method.cache", str(Path(merged.run_dir) / "cache"), force_add=True)
     return run_config(merged)
 
 
+def _output(stage: Stage, run: RunConfig) -> Path:
+    return Path(run.run_dir) / ("cache" if stage.name == "score" else "export")
+
+
+def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:
+    """What a stage left, where it is complete and still good."""
+    status = _on_rank_0(lambda: _read_status(Path(run.run_dir)))
+    if status.get("fingerprint") != fingerprint or not status["complete"]:
+        return None
+    return StageResult(_output(stage, run), status["seconds"], skipped=True)
+
+
 def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
-    folder = Path(run.run_dir)
-    output = folder / ("cache" if stage.name == "score" else "export")
-    status = _on_rank_0(lambda: _prepare(folder, fingerprint))
-    if status.get("complete"):
+    folder, output = Path(run.run_dir), _output(stage, run)
+    if done := _complete(stage, run, fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
-        return StageResult(output, status["seconds"], skipped=True)
+        return done
+    status = _on_rank_0(lambda: _prepare(folder, fingerprint))
     logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
     started = time.perf_counter()
     if stage.name == "score":
@@ -148,10 +168,8 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
 
 
 def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
-    """The status of a stage that is still good, or an empty one for a stage that begins."""
-    path = folder / _STATUS
-    if path.exists():
-        status = json.loads(path.read_text(encoding="utf-8"))
+    """The status of a stage that was cut off and is still good, or an empty one for a stage that begins."""
+    if status := _read_status(folder):
         if status["fingerprint"] == fingerprint:
             return status
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
@@ -159,6 +177,11 @@ def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
         logger.info("%-13s inputs have changed: what it had made is now in %s", folder.name, aside)
     _write_status(folder, fingerprint, complete=False, seconds=0.0)
     return {}
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    path = folder / _STATUS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:

@@ -1,6 +1,7 @@
 """Lightning's trainer and NeMo's experiment manager, as every job here uses them."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from nemo.utils.exp_manager import exp_manager
 
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
+from ctpd_nemo.pipeline.callbacks import ProgressLines
 
 
 def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = ()) -> pl.Trainer:
@@ -36,8 +38,9 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=sys.stderr.isatty(),
         use_distributed_sampler=False,
-        callbacks=[*callbacks, TQDMProgressBar(refresh_rate=max(1, run.trainer.log_every))],
+        callbacks=[*callbacks, *_progress(run)],
     )
     exp_manager(
         trainer,
@@ -52,3 +55,10 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         },
     )
     return trainer
+
+
+def _progress(run: RunConfig) -> list[Callback]:
+    """A bar on a terminal, lines in a log file."""
+    if sys.stderr.isatty():
+        return [TQDMProgressBar(refresh_rate=max(1, run.trainer.log_every))]
+    return [ProgressLines(Path(run.run_dir).name)]

@@ -203,7 +203,9 @@ def _place_ends_inside_characters(
     tokens = tokens[~is_whole]
     following = np.searchsorted(leads, piece_ends[tokens])
     for token, lead in zip(tokens.tolist(), following.tolist(), strict=True):
-        begin, end = (int(leads[lead - 1]) if lead else 0), int(leads[lead])
+        begin = int(leads[lead - 1]) if lead else 0
         char = last_char[token]
-        if end not in more_follows and spelled[begin:end] == data[char_begin[char] : char_begin[char + 1]]:
+        char_bytes = data[char_begin[char] : char_begin[char + 1]]
+        end = begin + len(char_bytes)
+        if piece_ends[token] < end and end not in more_follows and spelled[begin:end] == char_bytes:
             ends[token] = char_begin[char] + piece_ends[token] - begin

@@ -28,7 +28,7 @@ HEADERS = (
 )
 # No sequence is longer on either side, and of each pair one sequence is longer than half of it: padded, with room for
 # two longest sequences, a microbatch then holds one pair.
-MAX_LENGTH = 72
+MAX_LENGTH = 66
 # Three steps of 5, 5 and 1 pairs.
 NUM_PAIRS = 11
 GLOBAL_BATCH = 5

@@ -4,7 +4,6 @@ import json
 import random
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,19 +13,26 @@ from tests.spans import oracle
 from tests.spans.oracle import Letter, Side
 
 
-@dataclass(repr=False)  # a tokenizer's own repr fills pages of a failed test
 class Hand:
     """A tokenizer and how the oracle reads it."""
 
-    tokenizer: object
-    letters: Callable[[str], list[Letter]]
-    pieces: Callable[[object, list[int]], list[bytes]]
-    is_dropped: Callable[[str], bool] = lambda char: False
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        letters: Callable[[str], list[Letter]],
+        pieces: Callable[[PreTrainedTokenizerFast, list[int]], list[bytes]],
+        dropped: Callable[[str], bool] = lambda char: False,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.letters = letters
+        self.pieces = pieces
+        self.dropped = dropped
+        self.missing = oracle.missing_bytes(tokenizer) if pieces is oracle.byte_level_pieces else set()
 
     def side(self, text: str) -> Side:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         pieces = self.pieces(self.tokenizer, ids)
-        return Side(ids, oracle.token_ends(text, self.letters(text), pieces, self.is_dropped))
+        return Side(ids, oracle.token_ends(text, self.letters(text), pieces, self.dropped, self.missing))
 
 
 REAL = {

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import NamedTuple
 
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -111,15 +111,28 @@ def wordpiece_pieces(tokenizer, ids: list[int]) -> list[bytes]:
     return [re.sub("^##", "", piece).encode() for piece in tokenizer.convert_ids_to_tokens(ids)]
 
 
-def token_ends(text: str, letters: list[Letter], pieces: list[bytes], is_dropped: Callable[[str], bool]) -> list:
+def missing_bytes(tokenizer) -> set[int]:
+    """Bytes that a byte-level tokenizer has no token for, and silently drops."""
+    vocabulary = tokenizer.get_vocab()
+    return {byte for char, byte in BYTE_OF.items() if char not in vocabulary}
+
+
+def token_ends(
+    text: str, letters: list[Letter], pieces: list[bytes], dropped: Callable[[str], bool], missing: Set[int]
+) -> list[int | None]:
     """The byte of the text at which each token ends, None where it cannot be known; the last ends with the text.
 
-    Letters that ``is_dropped`` is true for are in no token. All other letters are spelled by the tokens, or this fails.
+    Letters for which ``dropped`` is true are in no token, nor are the ``missing`` bytes. The tokens spell all the rest,
+    or this fails. Inside a letter an end is known if the letter is its character, alone and with all its bytes.
     """
-    letters = [letter for letter in letters if not is_dropped(letter.char)]
-    # Every byte of the letters: its letter, and how many bytes of the letter end with it.
-    stream = [(at, used) for at, letter in enumerate(letters) for used in range(1, len(letter.char.encode()) + 1)]
-    assert b"".join(pieces) == "".join(letter.char for letter in letters).encode()
+    letters = [letter for letter in letters if not dropped(letter.char)]
+    stream = [
+        (at, used, byte)
+        for at, letter in enumerate(letters)
+        for used, byte in enumerate(letter.char.encode(), start=1)
+        if byte not in missing
+    ]
+    assert b"".join(pieces) == bytes(byte for _, _, byte in stream)
     last_of = {letter.source: at for at, letter in enumerate(letters)}
     made_of = Counter(letter.source for letter in letters)
     char_begin = [0]
@@ -130,12 +143,13 @@ def token_ends(text: str, letters: list[Letter], pieces: list[bytes], is_dropped
     position = 0
     for piece in pieces:
         position += len(piece)
-        at, used = stream[position - 1]
+        at, used, _ = stream[position - 1]
         char, source = letters[at]
         if source is None:
             ends.append(None)
-        elif used < len(char.encode()):
-            ends.append(char_begin[source] + used if char == text[source] and made_of[source] == 1 else None)
+        elif position < len(stream) and stream[position][0] == at:
+            is_untouched = char == text[source] and made_of[source] == 1 and missing.isdisjoint(char.encode())
+            ends.append(char_begin[source] + used if is_untouched else None)
         else:
             ends.append(char_begin[source + 1] if at == last_of[source] else None)
     if ends:

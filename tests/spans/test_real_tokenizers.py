@@ -41,6 +41,9 @@ SAMPLES = [
     "\ufdd0\uffff\U0010ffff\u0378",
     # A mark that canonical ordering moves into a decomposed character: it must not be cut inside.
     "\U0001d15e\u0f72<|reserved_special_token_184|>",
+    # StarCoder2 has no token for the first byte of the unassigned planes 4 to 7 and drops it.
+    "a\U00040000b🦙\U00040000\U00050000",
+    "\U00040000",
     # Runs of spaces that are added tokens of GPT-NeoX, in a text that its NFC changes.
     "e\u0301   🦙     x  \u0301",
 ]

@@ -1,0 +1,146 @@
+"""Run by ``launch`` in every process of a job: train and score as the tools do, and write down what is computed.
+
+Argument: a JSON file with a list of jobs, each a dict of
+
+- ``run``: the values of a ``RunConfig``; ``run_dir`` is where everything goes.
+- ``gradients``: after which steps (from 0) this rank's share of the gradients is written down.
+- ``weights``: before which steps its share of the weights is.
+- ``stop``: before which optimizer step the job ends with an error, as one that is interrupted does; ``kill``: likewise,
+  with SIGKILL.
+- ``export``: whether the newest checkpoint is exported to ``run_dir/export``.
+
+Every rank writes ``run_dir/observed-<rank>.pt``: ``microbatches``, a list of the dataset rows in each microbatch for
+every training step, and ``gradients`` and ``weights``, which map a step to a list of blocks of Hugging Face tensors
+``(name, (first row, last row), (first column, last column) or None, values)``.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.convert.layout import is_vocabulary, shard_blocks
+from ctpd_nemo.convert.load import chunk_parameters
+from ctpd_nemo.models import base
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.pipeline import quiet
+from ctpd_nemo.pipeline.config import run_config
+from ctpd_nemo.pipeline.export import ExportConfig, export
+from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.train import train
+
+Blocks = list[tuple[str, tuple[int, int], tuple[int, int] | None, Tensor]]
+
+
+class Interrupted(Exception):
+    """The end of a job that was to be stopped."""
+
+
+class Observer:
+    """Stands before ``run_microbatches`` and writes down what goes in and what is in the gradient buffers behind it."""
+
+    def __init__(self, job: dict[str, Any], run: RunConfig) -> None:
+        self.job = job
+        self.architecture = read_architecture(run.policy_side().path)
+        self.microbatches: list[list[list[int]]] = []
+        self.gradients: dict[int, Blocks] = {}
+        self.weights: dict[int, Blocks] = {}
+
+    def wrap(self, run_microbatches: Callable[..., Any]) -> Callable[..., Any]:
+        def observed(chunks: Any, microbatches: Any, vocab_size: int, evaluate: Any, forward_only: bool, device: Any) -> Any:
+            if forward_only:
+                return run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
+            step = len(self.microbatches)
+            if step in self.job.get("weights", []):
+                self.weights[step] = self.shares(chunks, lambda parameter: parameter.data)
+            self.microbatches.append([microbatch.pair_index.tolist() for microbatch in microbatches])
+            result = run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
+            if step == self.job.get("stop"):
+                raise Interrupted
+            if step == self.job.get("kill"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step in self.job.get("gradients", []):
+                gather_gradients(chunks)
+                self.gradients[step] = self.shares(chunks, lambda parameter: parameter.main_grad)
+            return result
+
+        return observed
+
+    def shares(self, chunks: Sequence[DistributedDataParallel], values: Callable[[Any], Tensor]) -> Blocks:
+        """This rank's parameters cut into blocks of Hugging Face tensors."""
+        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        blocks: Blocks = []
+        for chunk in chunks:
+            for name, parameter in chunk_parameters(chunk.module).items():
+                share, at = values(parameter), 0
+                padded = len(share) * size if is_vocabulary(name) else None
+                for block in shard_blocks(name, self.architecture, rank, size, padded):
+                    rows = block.rows[1] - block.rows[0]
+                    blocks.append((block.tensor, block.rows, block.columns, share[at : at + rows].clone()))
+                    at += rows
+                assert not share[at:].any(), "rows that pad the vocabulary are not zero"
+        return blocks
+
+
+def gather_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Under the distributed optimizer each data-parallel rank holds one share of the reduced gradients; join them."""
+    for chunk in chunks:
+        for buffer in chunk.buffers:
+            if buffer.ddp_config.use_distributed_optimizer:
+                group = buffer.data_parallel_group
+                for bucket in buffer.buckets:
+                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+                    dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    real = base.run_microbatches
+    base.run_microbatches = observer.wrap(real)
+    try:
+        yield
+    finally:
+        base.run_microbatches = real
+
+
+def do(job: dict[str, Any]) -> None:
+    run = run_config(OmegaConf.create(job["run"]))
+    if run.method.name == "score":
+        score(run)
+        return
+    observer = Observer(job, run)
+    with observing(observer):
+        try:
+            checkpoint = train(run)
+        except Interrupted:
+            checkpoint = None
+    observed = {name: getattr(observer, name) for name in ("microbatches", "gradients", "weights")}
+    torch.save(observed, Path(run.run_dir) / f"observed-{dist.get_rank()}.pt")
+    if job.get("export"):
+        assert checkpoint is not None
+        export(ExportConfig(str(checkpoint), run.policy_side().path, f"{run.run_dir}/export"))
+
+
+def main() -> None:
+    quiet.after_imports()
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        do(job)
+        if dist.get_rank() == 0:
+            print("done", job["run"]["run_dir"], flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

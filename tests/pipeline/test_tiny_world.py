@@ -1,0 +1,283 @@
+"""The generated world: its questions, pairs, tokenizers, models and folder."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.preferences import open_preferences
+from ctpd_nemo.data.templates import Side
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
+from ctpd_nemo.pipeline.tiny_world.models import ModelSize
+from ctpd_nemo.pipeline.tiny_world.pairs import answer_of, generate_pairs
+from ctpd_nemo.pipeline.tiny_world.tasks import KINDS
+from ctpd_nemo.pipeline.tiny_world.tokenizers import train_unigram
+from ctpd_nemo.spans import align_batch
+
+SMALL: dict[str, Any] = {
+    "n_train": 300,
+    "n_test": 50,
+    "teacher": ModelSize(num_layers=2, hidden_size=32, ffn_hidden_size=48),
+    "student": ModelSize(num_layers=1, hidden_size=16, ffn_hidden_size=24),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_tiny_world(tmp_path_factory.mktemp("worlds") / "world", seed=3, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(world: TinyWorld) -> dict[str, PreTrainedTokenizerFast]:
+    return {
+        "teacher": AutoTokenizer.from_pretrained(world.teacher),
+        "student": AutoTokenizer.from_pretrained(world.student),
+    }
+
+
+def text(row: dict[str, Any], field: str) -> str:
+    return row[field][0]["content"]
+
+
+def all_texts(rows: list[dict[str, Any]]) -> list[str]:
+    return [text(row, field) for row in rows for field in ("prompt", "chosen", "rejected")]
+
+
+def numbers(prompt: str) -> list[int]:
+    return [int(digits) for digits in re.findall(r"\d+", prompt)]
+
+
+def opening_word(prompt: str) -> str:
+    match = re.search(r"(?:word (\w+)\.|Say (\w+) once)", prompt)
+    assert match
+    return match[1] or match[2]
+
+
+def letter(prompt: str) -> str:
+    match = re.search(r"the (first|last) letter of (\w+)", prompt)
+    assert match
+    return match[2][0 if match[1] == "first" else -1]
+
+
+def colour(prompt: str) -> str:
+    things = dict(re.findall(r"[Tt]he (\w+) is (\w+)", prompt))
+    asked = re.findall(r"the (\w+)\?", prompt)
+    return things[asked[-1]]
+
+
+# The answer, read from the prompt by other means than the one that made it.
+ANSWERS: dict[str, Callable[[str], str]] = {
+    "add": lambda prompt: str(sum(numbers(prompt))),
+    "subtract": lambda prompt: str(numbers(prompt)[0] - numbers(prompt)[1]),
+    "larger": lambda prompt: str(max(numbers(prompt))),
+    "parity": lambda prompt: ["even", "odd"][numbers(prompt)[0] % 2],
+    "sort": lambda prompt: ", ".join(str(number) for number in sorted(numbers(prompt))),
+    "copy": opening_word,
+    "letter": letter,
+    "colour": colour,
+}
+
+
+def test_the_answer_is_what_stands_alone_between_two_marks() -> None:
+    assert answer_of("The answer is **7**.") == "7"
+    assert answer_of("Oh 🙂 in order they are **3, 5, 8**!") == "3, 5, 8"
+    for response in ("The answer is 7.", "It is **7", "**7** or **8**", "", "****7", "It is **7**. Or **"):
+        assert answer_of(response) != "7"
+    # Containing the answer, or the answer in another dress, is not giving it.
+    for response in ("**17**", "**7 or 8**", "**7.**", "** 7**", "***7***", "**seven**"):
+        assert answer_of(response) != "7"
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_can_be_worked_out_from_the_prompt(kind: str) -> None:
+    rows = [row for row in generate_pairs("train", 2000, seed=0) if row["kind"] == kind]
+    assert len(rows) == 200
+    assert [row["answer"] for row in rows] == [ANSWERS[kind](text(row, "prompt")) for row in rows]
+
+
+def test_days_months_and_opposites_go_both_ways() -> None:
+    rng = Random(0)
+    tasks = [KINDS["calendar"](rng) for _ in range(2000)]
+    after = {(task.question.rstrip("?.").split()[-1], task.right) for task in tasks if " after " in task.question}
+    before = {(task.right, task.question.rstrip("?.").split()[-1]) for task in tasks if " before " in task.question}
+    assert after == before
+    assert len(after) == 7 + 12
+    assert {("Sunday", "Monday"), ("December", "January"), ("May", "June")} < after
+
+    tasks = [KINDS["opposite"](rng) for _ in range(2000)]
+    opposites = {(task.question.rstrip("?.").split()[-1], task.right) for task in tasks}
+    assert {(right, word) for word, right in opposites} == opposites
+    assert len(dict(opposites)) == len(opposites) == 50
+
+
+def test_chosen_gives_the_right_answer_and_rejected_never_does() -> None:
+    rows = generate_pairs("train", 3000, seed=1)
+    assert Counter(row["kind"] for row in rows) == dict.fromkeys(KINDS, 300)
+    assert all(answer_of(text(row, "chosen")) == row["answer"] for row in rows)
+    rejected = {fault: [row for row in rows if row["fault"] == fault] for fault in ("wrong", "evasive")}
+    assert len(rejected["wrong"]) + len(rejected["evasive"]) == len(rows)
+    # 60% wrong, give or take four standard errors.
+    assert abs(len(rejected["wrong"]) / len(rows) - 0.6) < 4 * (0.6 * 0.4 / len(rows)) ** 0.5
+    assert all(answer_of(text(row, "rejected")) is None for row in rejected["evasive"])
+    for row in rejected["wrong"]:
+        wrong = answer_of(text(row, "rejected"))
+        assert wrong not in (None, row["answer"])
+        assert text(row, "rejected").replace(f"**{wrong}**", f"**{row['answer']}**") == text(row, "chosen")
+
+
+def test_training_and_test_prompts_never_meet() -> None:
+    train = {text(row, "prompt") for seed in (0, 1) for row in generate_pairs("train", 3000, seed)}
+    test = [text(row, "prompt") for row in generate_pairs("test", 1500, seed=0)]
+    assert len(set(test)) == len(test)
+    assert not train & set(test)
+
+
+def test_more_test_pairs_than_prompts_is_an_error() -> None:
+    with pytest.raises(InputError, match="n_test: found more than there are different test prompts of kind"):
+        generate_pairs("test", 5000, seed=0)
+
+
+def test_flipping_exchanges_responses_and_nothing_else() -> None:
+    clean, flipped = (generate_pairs("train", 1000, seed=0, flip=flip) for flip in (0.0, 0.25))
+    exchanged = [a["chosen"] == b["rejected"] for a, b in zip(clean, flipped, strict=True)]
+    assert abs(np.mean(exchanged) - 0.25) < 4 * (0.25 * 0.75 / 1000) ** 0.5
+    for before, after, exchange in zip(clean, flipped, exchanged, strict=True):
+        if exchange:
+            after = after | {"chosen": after["rejected"], "rejected": after["chosen"]}
+        assert after == before
+
+
+def test_rows_are_read_as_preference_pairs(world: TinyWorld) -> None:
+    rows = generate_pairs("train", SMALL["n_train"], seed=3)
+    pairs = open_preferences(world.train)
+    assert [(pair.id, pair.prompt, pair.chosen, pair.rejected) for pair in pairs] == [
+        (row["id"], (Message("user", text(row, "prompt")),), text(row, "chosen"), text(row, "rejected")) for row in rows
+    ]
+    assert len(open_preferences(world.test)) == SMALL["n_test"]
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_tokenizers_give_every_text_back(name: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    tokenizer = tokenizers[name]
+    texts = all_texts(generate_pairs("train", 2000, seed=9) + generate_pairs("test", 500, seed=9))
+    texts += ["日本語 🦙 и ещё", "two  spaces\nand a line", " a space first", "tail ", "<0x41> ▲", "e\u0301"]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert tokenizer.batch_decode(ids) == texts
+    assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in {i for row in ids for i in row}
+
+
+def test_tokenizers_have_the_sizes_they_claim(tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path / "world", **SMALL | {"n_train": 1000})
+    teacher, student = (AutoTokenizer.from_pretrained(folder) for folder in (world.teacher, world.student))
+    assert len(teacher) == 1000 + 3
+    assert len(student) == 600 + 256 + 5
+    vocab = student.get_vocab()
+    assert {f"<0x{byte:02X}>" for byte in range(256)} < set(vocab)
+    assert max(len(piece) for piece in vocab if not re.fullmatch(r"<.*>", piece)) == 7
+
+
+def test_spans_of_many_shapes_are_common(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    rows = generate_pairs("train", 500, seed=4)
+    spans = align_batch(
+        [text(row, field) for row in rows for field in ("chosen", "rejected")],
+        tokenizers["teacher"],
+        tokenizers["student"],
+    )
+    shapes = Counter(
+        (min(teacher, 2), min(student, 2))
+        for item in spans
+        for teacher, student in zip(
+            np.bincount(item.teacher_span).tolist(), np.bincount(item.student_span).tolist(), strict=True
+        )
+    )
+    shares = {shape: count / shapes.total() for shape, count in shapes.items()}
+    assert set(shares) == {(1, 1), (1, 2), (2, 1), (2, 2)}
+    assert min(shares.values()) > 0.02
+    assert np.mean([item.n_spans for item in spans]) > 3
+
+
+def test_chat_templates_open_and_close_turns_once(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    prompt = [Message("system", "Be brief."), Message("user", "Zoë asks: 🙂?")]
+    for name, eos in (("teacher", "<|im_end|>"), ("student", "<|eot_id|>")):
+        tokenizer = tokenizers[name]
+        side = Side(tokenizer)
+        assert side.end_of_turn_ids.tolist() == [tokenizer.eos_token_id] == [tokenizer.convert_tokens_to_ids(eos)]
+        assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.unk_token_id)
+        ids = side.render_prompt(prompt).tolist()
+        assert ids.count(tokenizer.eos_token_id) == 2
+        assert tokenizer.decode(ids) == side.render_text(prompt)
+        closed = side.render_text([*prompt, Message("assistant", "Yes.")], add_generation_prompt=False)
+        assert closed.startswith(side.render_text(prompt) + "Yes." + eos)
+    student, bos = tokenizers["student"], tokenizers["student"].bos_token_id
+    assert Side(student).render_prompt(prompt).tolist().count(bos) == 1
+    assert student("Hi")["input_ids"].count(bos) == 1
+    assert tokenizers["teacher"].bos_token_id is None
+
+
+def test_unigram_training_settles_on_one_result() -> None:
+    texts = all_texts(generate_pairs("train", 200, seed=0))
+    first, second = (train_unigram(texts).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_folders_load_and_generate(world: TinyWorld) -> None:
+    for folder, family, tied, extra_rows in (
+        (world.teacher, "qwen2", False, True),
+        (world.student, "llama", True, False),
+    ):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert model.config.model_type == family
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+        assert (model.config.vocab_size > len(tokenizer)) == extra_rows
+        assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+        chat = [{"role": "user", "content": "Add 1 and 2."}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**inputs, max_new_tokens=3)
+        assert output.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_same_arguments_give_the_same_bytes(world: TinyWorld, tmp_path: Path) -> None:
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    again = contents(build_tiny_world(tmp_path / "again", seed=3, **SMALL).train.parent)
+    assert again == contents(world.train.parent)
+    other = contents(build_tiny_world(tmp_path / "other", seed=4, **SMALL).train.parent)
+    same = {name for name in again if other[name] == again[name]}
+    assert not same & {"train.jsonl", "test.jsonl", "teacher/model.safetensors", "student/model.safetensors"}
+
+
+def test_a_finished_world_is_reused_and_a_stale_one_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "world"
+    (tmp_path / ".world.partial").mkdir()
+    (tmp_path / ".world.partial" / "left behind").touch()
+    first = build_tiny_world(folder, **SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["world"]
+    written = first.train.stat().st_mtime_ns
+    assert build_tiny_world(folder, **SMALL) == first
+    assert first.train.stat().st_mtime_ns == written
+    build_tiny_world(folder, flip=0.5, **SMALL)
+    assert first.train.stat().st_mtime_ns != written
+    assert not (folder / "left behind").exists()
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(InputError, match=r"something without a tiny_world\.json"):
+        build_tiny_world(tmp_path, **SMALL)
+    assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_train", 0), ("n_test", -1), ("flip", 1.5)])
+def test_arguments_out_of_range_are_named(name: str, value: float, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"^{name}: found {value}"):
+        build_tiny_world(tmp_path / "world", **SMALL | {name: value})
