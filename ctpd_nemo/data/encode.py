@@ -71,9 +71,12 @@ class EncodedPair:
         return [self.chosen if name == "chosen" else self.rejected for name in names]
 
 
+SKIP_REASONS = ("prompt_too_long", "too_long", "equal_after_truncation", "equal_tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A pair that cannot be trained on, and the countable reason.
+    """A pair that cannot be trained on, and which of ``SKIP_REASONS`` it is.
 
     ``prompt_too_long`` and ``too_long``: the prompt is over its own limit, or leaves no room for a span of a response.
     ``equal_after_truncation`` and ``equal_tokens``: nothing is left that tells chosen from rejected.

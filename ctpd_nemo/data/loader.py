@@ -73,6 +73,11 @@ class StepStats:
             self.padding + other.padding,
         )
 
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
+        skipped = f"{self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
+        return f"{self.pairs} pairs, {skipped}, {self.truncated} responses truncated"
+
 
 @dataclass
 class StepBatch:

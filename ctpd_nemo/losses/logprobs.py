@@ -81,7 +81,8 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, real_rows: int) -> Tensor:
     """fp32 ``[C, V]``; rows of the weight that only pad the vocabulary get no probability."""
     logits = torch.mm(hidden_CH, weight_VH.t()).float()
     if real_rows < len(weight_VH):
-        logits[:, real_rows:] = -torch.inf
+        # Finite: on a rank whose rows are all padding, minus infinity less its maximum would be no number.
+        logits[:, real_rows:] = torch.finfo(torch.float32).min
     return logits
 
 

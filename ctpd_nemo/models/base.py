@@ -15,7 +15,7 @@ from torch import Tensor
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.loader import StepBatch
+from ctpd_nemo.data.loader import StepBatch, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
@@ -42,6 +42,7 @@ class MegatronModel(ModelPT):
         run: The configuration.
         run_data: Datasets, encoder and loaders.
         last_metrics: Of the last training step, means over its global batch.
+        last_stats: What went into that step, and what was left out of it.
         last_validation: Of the last pass over the held-out pairs.
     """
 
@@ -65,8 +66,10 @@ class MegatronModel(ModelPT):
             raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
         self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
+        self.last_stats = StepStats()
         self.last_validation: dict[str, float] = {}
         self._validation: list[StepLoss] = []
+        self._validation_stats = StepStats()
 
     @abstractmethod
     def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
@@ -163,15 +166,16 @@ class MegatronModel(ModelPT):
         losses = self._run(batch, forward_only=False)
         optimizer.step()
         metrics = mean_metrics(losses, self.metric_names, local_device())
-        tokens = sum_over_data_parallel(batch.stats.tokens, local_device())
+        self.last_stats = sum_over_data_parallel(batch.stats, local_device())
         seconds = time.perf_counter() - started
         self.last_metrics = {
             **metrics,
             "lr": learning_rate,
             "grad_norm": optimizer.grad_norm,
-            "tokens": float(tokens),
+            "tokens": float(self.last_stats.tokens),
+            **_left_out(self.last_stats),
             "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": self.last_stats.tokens / seconds,
         }
         for name, value in self.last_metrics.items():
             self.log(name, value, prog_bar=name in (*self.shown_metrics, "tokens_per_second"))
@@ -179,11 +183,14 @@ class MegatronModel(ModelPT):
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Losses and metrics of held-out pairs, forward only."""
         self._validation += self._run(batch, forward_only=True)
+        self._validation_stats += batch.stats
 
     def on_validation_epoch_end(self) -> None:  # type: ignore[override]
         """Log the means over all held-out pairs."""
         metrics = mean_metrics(self._validation, self.metric_names, local_device())
+        metrics |= _left_out(sum_over_data_parallel(self._validation_stats, local_device()))
         self._validation.clear()
+        self._validation_stats = StepStats()
         self.last_validation = {f"val_{name}": value for name, value in metrics.items()}
         self.log_dict(self.last_validation)
 
@@ -197,6 +204,11 @@ class MegatronModel(ModelPT):
         return run_microbatches(
             self.chunks, batch.microbatches, self.architecture.vocab_size, self.microbatch_loss, forward_only, device
         )
+
+
+def _left_out(stats: StepStats) -> dict[str, float]:
+    """Pairs that were skipped and responses that were cut, as metrics."""
+    return {"skipped": float(stats.skipped.total()), "truncated": float(stats.truncated)}
 
 
 def _data_parallel() -> tuple[int, int]:

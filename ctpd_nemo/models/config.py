@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ctpd_nemo.data.config import DataConfig
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.gpt import PrecisionConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
@@ -15,7 +16,8 @@ class SideConfig:
 
     Attributes:
         path: Hugging Face folder of weights, config and tokenizer.
-        tokenizer: Folder of the tokenizer where it is another one.
+        tokenizer: Folder of the tokenizer where it is another one. Alone, without ``path``, it is all that training
+            from a score cache needs of a teacher whose weights are elsewhere.
         chat_template: A chat template, or the path of a file with one, in place of the tokenizer's own.
     """
 
@@ -54,6 +56,16 @@ class TrainerConfig:
     log_every: int = 10
     resume: bool = True
 
+    def check(self) -> None:
+        """Stop with an ``InputError`` that names the key of a value that makes no run."""
+        for name, least in (("epochs", 1), ("max_steps", 1), ("validate_every", 0), ("checkpoint_every", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"trainer.{name}", str(value), f"{least} or more")
+        for name in ("keep_checkpoints", "log_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"trainer.{name}", str(getattr(self, name)), "1 or more")
+
 
 @dataclass
 class RunConfig:
@@ -76,6 +88,16 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self, world_size: int) -> None:
+        """Stop with an ``InputError`` where a value cannot be used, or sizes do not fit ``world_size`` processes.
+
+        What goes with the data is checked where it is opened.
+        """
+        self.parallel.check(world_size)
+        self.optim.check()
+        self.precision.torch_dtype()
+        self.trainer.check()
 
     def policy_side(self) -> SideConfig:
         """The model that is trained."""

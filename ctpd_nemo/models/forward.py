@@ -1,5 +1,6 @@
 """One pass over the microbatches of a step, through Megatron-Core's forward/backward schedules."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.data.encode import SKIP_REASONS
+from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.losses.logprobs import token_logprobs
 
 
@@ -109,18 +112,33 @@ def run_microbatches(
         )
         return output, partial(finish, unwrap_model(model), microbatch)
 
-    batches = [iter(microbatches) for _ in chunks]
+    run = [*microbatches, *_missing_of_group(len(microbatches), device)]
+    batches = [iter(run) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):
-        return get_forward_backward_func()(
+        results = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=batches if len(chunks) > 1 else batches[0],
             model=list(chunks),
-            num_microbatches=len(microbatches),
+            num_microbatches=len(run),
             # Read by the schedules for buffer shapes; with a pipeline every microbatch announces its own length.
-            seq_length=max(microbatch.num_tokens for microbatch in microbatches),
+            seq_length=max(microbatch.num_tokens for microbatch in run),
             micro_batch_size=1,
             forward_only=forward_only,
         )
+    return results[: len(microbatches)]
+
+
+def _missing_of_group(num_microbatches: int, device: torch.device) -> list[Microbatch]:
+    """Empty microbatches that complete the last group of an interleaved schedule; none for the other schedules.
+
+    With virtual stages Megatron-Core goes through microbatches in groups of as many as there are pipeline stages.
+    """
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+        return []
+    missing = -num_microbatches % parallel_state.get_pipeline_model_parallel_world_size()
+    # As many tokens as tensor-parallel ranks: sequence parallelism gives each a share.
+    num_tokens = parallel_state.get_tensor_model_parallel_world_size()
+    return [Microbatch.filler(num_tokens, pad_token_id=0).to(device) for _ in range(missing)]
 
 
 def mean_metrics(losses: Sequence[StepLoss], names: Sequence[str], device: torch.device) -> dict[str, float]:
@@ -142,11 +160,14 @@ def mean_metrics(losses: Sequence[StepLoss], names: Sequence[str], device: torch
     return dict(zip(names, mean.tolist(), strict=True))
 
 
-def sum_over_data_parallel(value: int, device: torch.device) -> int:
-    """The sum of a count over the data-parallel ranks."""
-    total = torch.tensor(value, device=device)
+def sum_over_data_parallel(stats: StepStats, device: torch.device) -> StepStats:
+    """The counts of all data-parallel ranks together."""
+    counts = [stats.pairs, stats.truncated, stats.tokens, stats.response_tokens, stats.padding]
+    total = torch.tensor(counts + [stats.skipped[reason] for reason in SKIP_REASONS], device=device)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    return int(total)
+    pairs, truncated, tokens, response_tokens, padding, *skips = total.tolist()
+    skipped = Counter({reason: count for reason, count in zip(SKIP_REASONS, skips, strict=True) if count})
+    return StepStats(pairs, truncated, skipped, tokens, response_tokens, padding)
 
 
 def equal_microbatches(

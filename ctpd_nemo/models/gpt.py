@@ -110,6 +110,10 @@ def transformer_config(
         # microbatches and ranks they came in.
         calculate_per_token_loss=True,
         variable_seq_lengths=parallel.pipeline > 1,
+        # Between two stages an interleaved schedule sends activations and gradients both ways at once. One batch of
+        # sends matches them by order alone and mistakes one for the other; apart, each has its own group.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
         # Names a dispatcher of experts, of which there are none: the default refuses variable lengths.
         moe_token_dispatcher_type="alltoall",
         # Megatron's fusions are compiled kernels for the GPU.

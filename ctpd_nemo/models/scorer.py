@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.loader import StepBatch, StepLoader
+from ctpd_nemo.data.loader import StepBatch, StepLoader, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.teacher import FrozenModel
@@ -77,6 +77,9 @@ class Scorer(ModelPT):
     """Scores the spans of every pair under one or more frozen models, in one pass over the data.
 
     Data-parallel replicas work through shards of their own and never wait for each other.
+
+    Attributes:
+        stats: What this replica has scored, and what it had to leave out.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Scorer(ModelPT):
         self.sink = sink
         self.models: dict[str, FrozenModel] = {}
         self.chunks: list[Any] = []
+        self.stats = StepStats()
 
     def configure_model(self) -> None:
         """Read the frozen models; Lightning calls it when the process groups are there."""
@@ -109,6 +113,7 @@ class Scorer(ModelPT):
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score one shard and hand it to the sink."""
+        self.stats += batch.stats
         for role, model in self.models.items():
             scores = model.score(batch.microbatches)
             if scores and _speaks_for_replica():

@@ -20,7 +20,7 @@ class ParallelConfig:
         tensor: Tensor-parallel size.
         pipeline: Pipeline-parallel size.
         virtual_pipeline: Model chunks a pipeline stage holds (interleaved schedule); ``None`` for one.
-        context: Context-parallel size; needs Transformer Engine's attention.
+        context: Context-parallel size; 1, as sequences are not cut over ranks yet.
         sequence: Sequence parallelism within the tensor-parallel group.
         distributed_optimizer: Shard optimizer state over the data-parallel group.
         recompute: Activations to recompute in the backward pass: "none", "selective" (core attention) or "full".
@@ -67,8 +67,8 @@ class ParallelConfig:
             raise InputError(
                 "parallel.overlap_param_gather", "true", "distributed_optimizer and overlap_grad_reduce to be true too"
             )
-        if self.context > 1 and not torch.cuda.is_available():
-            raise InputError("parallel.context", str(self.context), "1 without a GPU: it needs Transformer Engine")
+        if self.context > 1:
+            raise InputError("parallel.context", str(self.context), "1: sequences are not cut over ranks yet")
 
 
 def local_device() -> torch.device:

@@ -1,15 +1,18 @@
-"""What happens beside the training loop: checkpoints, the metric log."""
+"""What happens beside the training loop: checkpoints, the metric log, the report on the data."""
 
 import datetime
 import json
 import logging
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
+from ctpd_nemo.data.loader import StepStats
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,41 @@ class ProgressLines(Callback):
         left = datetime.timedelta(seconds=round(per_step * (total - step)))
         rate = pl_module.last_metrics["tokens_per_second"]
         logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
+
+
+class DataReport(Callback):
+    """Says at the end what was trained on and what was left out, earlier parts of a resumed run included."""
+
+    def __init__(self, title: str, place: str) -> None:
+        """Args:
+        title: What the line begins with.
+        place: The training data, to name in an error.
+        """
+        self.title = title
+        self.place = place
+        self.stats = StepStats()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts so far."""
+        return {**vars(self.stats), "skipped": dict(self.stats.skipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.stats = StepStats(**{**state_dict, "skipped": Counter(state_dict["skipped"])})
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the step.
+
+        Raises:
+            InputError: Every pair of the run was skipped; it is raised before the last checkpoint is written.
+        """
+        self.stats += pl_module.last_stats
+        if trainer.global_step == trainer.max_steps and not self.stats.pairs:
+            raise InputError(self.place, str(self.stats), "pairs that can be trained on")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Report."""
+        logger.info("%-13s trained on %s", self.title, self.stats)
 
 
 class MetricLog(Callback):

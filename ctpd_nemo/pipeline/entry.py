@@ -19,7 +19,7 @@ Task = Callable[[DictConfig], Any]
 def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """A command-line tool: NeMo's ``hydra_runner`` over ``conf/<config_name>.yaml`` beside the tool's folder.
 
-    An ``InputError`` of the task becomes one line on standard error, written by rank 0, and exit status 2.
+    An ``InputError`` of the task becomes one line on standard error and exit status 2.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -45,10 +45,19 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 
 def stop(error: InputError) -> None:
-    """End the process over bad input."""
-    if os.environ.get("RANK", "0") == "0":
+    """End the process over bad input; of all processes that meet some, one says what it is."""
+    if _is_first_to_stop():
         print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def _is_first_to_stop() -> bool:
+    """Most errors meet every rank, but a bad row or score meets the rank whose share it is in, and no other."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return dist.distributed_c10d._get_default_store().add("stopped by bad input", 1) == 1
 
 
 def _log_to_terminal() -> None:

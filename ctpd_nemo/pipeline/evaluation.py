@@ -138,7 +138,8 @@ def evaluate_folder(
         sample_seed: Also answer by sampling, from this seed; ``None`` for greedy answers alone.
 
     Raises:
-        InputError: The file has no usable pair; an ``answer`` is no string; a folder holds no usable model.
+        InputError: The file has no usable pair; an ``answer`` is no string; a folder holds no usable model, or other
+            weights than its config describes.
     """
     rows = _read_rows(Path(pairs_file), limit)
     folders = [Path(folder)]
@@ -254,9 +255,15 @@ def _load_model(folder: str | Path, device: str) -> CausalModel:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: CausalModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", output_loading_info=True)
     except (OSError, ValueError) as error:
         raise InputError(str(folder), f"no model ({error})", "a Hugging Face folder of a causal model") from error
+    model, report = loaded
+    # transformers would draw what is missing at random, and leave out what is too much.
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[key]:
+            names = ", ".join(sorted(map(str, report[key]))[:3])
+            raise InputError(str(folder), f"{key.replace('_', ' ')}: {names}", "the weights that config.json describes")
     return model.to(device).eval()
 
 

@@ -1,6 +1,19 @@
 """What scores depend on, by name: equal fingerprints, equal scores."""
 
+from collections.abc import Mapping
+
+from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.models.data import RunData
+from ctpd_nemo.pipeline.rank_zero import on_rank_0
+
+
+def weights_fingerprints(folders: Mapping[str, str]) -> dict[str, str]:
+    """The fingerprint of the weights in each folder, by role; rank 0 reads the files, every rank calls it together.
+
+    Raises:
+        InputError: A folder without weights.
+    """
+    return on_rank_0(lambda: {role: weights_fingerprint(folder) for role, folder in folders.items()})
 
 
 def score_fingerprints(data: RunData, precision: str) -> dict[str, str]:

@@ -8,14 +8,16 @@ import torch
 import torch.distributed as dist
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.data.loader import Batching, StepDataset, StepLoader
 from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
-from ctpd_nemo.models.scorer import Float32Array, Scorer
-from ctpd_nemo.parallel.layout import initialize, world_size
-from ctpd_nemo.pipeline.fingerprints import score_fingerprints
+from ctpd_nemo.models.forward import sum_over_data_parallel
+from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer
+from ctpd_nemo.parallel.layout import initialize, local_device, world_size
+from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
 from ctpd_nemo.pipeline.trainer import build_trainer
 
@@ -31,8 +33,10 @@ def score(run: RunConfig) -> Path:
     Raises:
         InputError: The configuration, data or weights cannot be used, or the cache that is there is of something else.
     """
-    run.parallel.check(world_size())
+    run.check(world_size())
     method = run.method
+    if not isinstance(method, ScoreConfig):
+        raise InputError("method.name", repr(method.name), "score")
     method.check()
     data = RunData(run, ("chosen", "rejected"), two_sided=run.policy == "student")
     for folder in method.folders().values():
@@ -41,14 +45,13 @@ def score(run: RunConfig) -> Path:
     writer = ScoreWriter(
         method.cache,
         score_fingerprints(data, run.precision.dtype),
-        _weights(method.folders()),
+        weights_fingerprints(method.folders()),
         len(data.train),
         method.pairs_per_shard,
     )
-    if dist.get_rank() == 0:
-        writer.begin()
-    dist.barrier()
-    missing = writer.missing(method.folders())
+    on_rank_0(writer.begin)
+    # Asked once: all ranks must share out the same shards, and the first are soon written.
+    missing = on_rank_0(lambda: writer.missing(method.folders()))
     logger.info("%s: %d of %d shards to score", method.cache, len(missing), writer.n_shards)
 
     def shards(dp_rank: int, dp_size: int) -> StepLoader:
@@ -60,19 +63,11 @@ def score(run: RunConfig) -> Path:
 
     if missing:
         trainer = build_trainer(run, total_steps=1)
-        trainer.predict(Scorer(run, method.folders(), shards, sink, trainer), return_predictions=False)
+        scorer = Scorer(run, method.folders(), shards, sink, trainer)
+        trainer.predict(scorer, return_predictions=False)
+        logger.info("%s: scored %s", method.cache, sum_over_data_parallel(scorer.stats, local_device()))
     dist.barrier()
     return Path(method.cache)
-
-
-def _weights(folders: dict[str, str]) -> dict[str, str]:
-    """The fingerprint of each role's weights; rank 0 reads the files."""
-    fingerprints = [
-        {role: weights_fingerprint(folder) for role, folder in folders.items()} if dist.get_rank() == 0 else None
-    ]
-    dist.broadcast_object_list(fingerprints)
-    assert fingerprints[0] is not None
-    return fingerprints[0]
 
 
 def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int]) -> StepLoader:

@@ -132,12 +132,20 @@ class ScoreWriter:
 class ScoreReader:
     """Scores by pair id, with the importance weights that CTPD makes of them; goes to dataloader workers."""
 
-    def __init__(self, folder: str | Path, fingerprints: Mapping[str, str], method: CTPDConfig | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprints: Mapping[str, str],
+        teacher_weights: Mapping[str, str],
+        method: CTPDConfig | None = None,
+    ) -> None:
         """Open a cache and check that it belongs to a run.
 
         Args:
             folder: The cache.
             fingerprints: What the run would compute the scores from, by the names in ``FINGERPRINTS``.
+            teacher_weights: Fingerprint of the weights of each role whose folder the run names; the weights
+                themselves need not be there to train.
             method: How to weigh spans; ``None`` for weights of 1 (DPO).
 
         Raises:
@@ -150,8 +158,10 @@ class ScoreReader:
         roles = method.roles() if method is not None else ("reference",)
         self._tables: dict[str, pa.Table] = {}
         for role in roles:
-            if role not in manifest["teacher_weights"]:
+            weights = manifest["teacher_weights"].get(role)
+            if weights is None:
                 raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(manifest['teacher_weights'])}", role)
+            _compare(self.folder, f"teacher_weights.{role}", weights, teacher_weights.get(role, weights))
             self._tables[role] = self._read_role(role, manifest["shards"])
         self._rows = {role: _rows_by_id(table) for role, table in self._tables.items()}
 

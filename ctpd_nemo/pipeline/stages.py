@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.data import load_side
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
+from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.train import train
 
@@ -67,6 +68,8 @@ STAGES = (
     Stage("ctpd", "student", {**_SFT_BOTH, "method.scores": "score"}),
 )
 _STATUS = "stage.json"
+# How the work is cut up changes results by rounding alone: a run may go on with other values of these.
+_CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing")
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,13 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     for stage in STAGES:
         if config.stages.get(stage.name) is None:
             continue
-        run = _stage_run(config, stage, results)
-        fingerprint = _on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
+        asked_for = config.only is None or stage.name in config.only
+        if not asked_for and not results.keys() >= set(stage.inputs.values()):
+            continue
+        run = stage_config(config, stage, results)
+        fingerprint = on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
         fingerprints[stage.name] = fingerprint
-        if config.only is None or stage.name in config.only:
+        if asked_for:
             results[stage.name] = _run_stage(stage, run, fingerprint)
         elif done := _complete(stage, run, fingerprint):
             results[stage.name] = done
@@ -117,8 +123,12 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     return results
 
 
-def _stage_run(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
-    """The config of one stage: the common values, its own, and the outputs of the stages before it."""
+def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
+    """The config of one stage: the common values, its own, and the outputs of the stages before it.
+
+    Raises:
+        InputError: A key or value cannot be used, or a stage that this one builds on is not in ``results``.
+    """
     values: Any = OmegaConf.to_container(config, resolve=True)
     del values["only"]
     own = values.pop("stages")[stage.name]
@@ -127,7 +137,8 @@ def _stage_run(config: DictConfig, stage: Stage, results: Mapping[str, StageResu
     merged.run_dir = str(Path(config.run_dir) / stage.name)
     for key, source in stage.inputs.items():
         if source not in results:
-            found = "null" if config.stages.get(source) is None else f"nothing complete in {config.run_dir}/{source}"
+            null = config.stages.get(source) is None
+            found = "null" if null else f"nothing complete, from these inputs, in {config.run_dir}/{source}"
             raise InputError(f"stages.{source}", found, f"a stage that is done: {stage.name} builds on it")
         OmegaConf.update(merged, key, str(results[source].output), force_add=True)
     if stage.name == "score":
@@ -141,10 +152,11 @@ def _output(stage: Stage, run: RunConfig) -> Path:
 
 def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:
     """What a stage left, where it is complete and still good."""
-    status = _on_rank_0(lambda: _read_status(Path(run.run_dir)))
+    output = _output(stage, run)
+    status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
     if status.get("fingerprint") != fingerprint or not status["complete"]:
         return None
-    return StageResult(_output(stage, run), status["seconds"], skipped=True)
+    return StageResult(output, status["seconds"], skipped=True)
 
 
 def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
@@ -152,17 +164,18 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     if done := _complete(stage, run, fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
         return done
-    status = _on_rank_0(lambda: _prepare(folder, fingerprint))
+    status = on_rank_0(lambda: _prepare(folder, fingerprint))
     logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
     started = time.perf_counter()
     if stage.name == "score":
         score(run)
     else:
         checkpoint = train(run)
-        if not output.exists():
+        # Asked once: a rank that looked later could find what rank 0 has exported by then, and not take part.
+        if not on_rank_0(output.exists):
             export(ExportConfig(str(checkpoint), run.policy_side().path, str(output)))
     seconds = time.perf_counter() - started
-    _on_rank_0(lambda: _write_status(folder, fingerprint, complete=True, seconds=seconds))
+    on_rank_0(lambda: _write_status(folder, fingerprint, complete=True, seconds=seconds))
     logger.info("%-13s done in %.0f s: %s", stage.name, seconds, output)
     return StageResult(output, seconds, skipped=False)
 
@@ -196,29 +209,35 @@ def _fingerprint(run: RunConfig, stage: Stage, stages: Mapping[str, str]) -> str
     """A hash of everything that the numbers of a stage depend on, folders by content and not by place."""
     values = OmegaConf.to_container(OmegaConf.structured(run))
     assert isinstance(values, dict)
-    sides = {"student", "teacher"} if stage.name in ("score", "ctpd") else {run.policy}
+    data, trainer = values["data"], values["trainer"]
+    files = [Path(path) for path in [*data.pop("train"), *data.pop("validation")]]
     content: dict[str, Any] = {
         "seed": run.seed,
-        **{key: values[key] for key in ("data", "optim", "parallel", "precision", "trainer")},
+        "precision": values["precision"],
+        "data": {key: value for key, value in data.items() if key not in _CUTS_OF_WORK},
+        "files": [(path.name, _content(path)) for path in files],
         "method": {key: value for key, value in vars(run.method).items() if f"method.{key}" not in stage.inputs},
         "stages": {key: stages[source] for key, source in stage.inputs.items()},
-        "files": {path: _content(Path(path)) for path in [*run.data.train, *run.data.validation]},
     }
-    content["method"].pop("cache", None)
-    for name in sides:
-        side = getattr(run.model, name)
-        content[name] = {"tokenizer": side.tokenizer, "chat_template": side.chat_template}
-        if f"model.{name}.path" not in stage.inputs and side.path is not None:
-            content[name]["weights"] = weights_fingerprint(side.path)
-            content[name]["tokenizer_files"] = _content(Path(side.path), "tokenizer*")
+    if stage.name == "score":
+        del content["method"]["cache"]
+    else:
+        content |= {"optim": values["optim"], "epochs": trainer["epochs"], "max_steps": trainer["max_steps"]}
+    for name in ("student", "teacher") if stage.name in ("score", "ctpd") else (run.policy,):
+        side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
+        if own_folder or side.tokenizer or side.chat_template:
+            reader = load_side(side, f"model.{name}")
+            content[name] = [reader.tokenizer_fingerprint, reader.template_fingerprint]
+            if own_folder and side.path is not None:
+                content[name].append(weights_fingerprint(side.path))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _content(path: Path, pattern: str = "*") -> str:
+def _content(path: Path) -> str:
     """SHA-256 of a file, or of the files of a folder with their names."""
 
     def files() -> Iterator[Path]:
-        yield from sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
+        yield from sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
     total = hashlib.sha256()
     for file in files():
@@ -228,17 +247,3 @@ def _content(path: Path, pattern: str = "*") -> str:
             digest = hashlib.file_digest(stream, "sha256")
         total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode() + digest.digest())
     return total.hexdigest()
-
-
-def _on_rank_0(task: Any) -> Any:
-    """What ``task`` returns on rank 0, on every rank; an ``InputError`` it raises is raised on every rank."""
-    result: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            result = [task()]
-        except InputError as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], InputError):
-        raise result[0]
-    return result[0]

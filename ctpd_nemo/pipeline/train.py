@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 
 from ctpd_nemo.errors import InputError
@@ -10,14 +9,12 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
-from ctpd_nemo.parallel.layout import world_size
-from ctpd_nemo.pipeline.callbacks import Checkpointing, MetricLog
-from ctpd_nemo.pipeline.fingerprints import score_fingerprints
+from ctpd_nemo.parallel.layout import initialize, world_size
+from ctpd_nemo.pipeline.callbacks import Checkpointing, DataReport, MetricLog
+from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.trainer import build_trainer
-
-logger = logging.getLogger(__name__)
-
 
 def train(run: RunConfig) -> Path:
     """Train by ``run.method`` and return the newest checkpoint.
@@ -25,32 +22,51 @@ def train(run: RunConfig) -> Path:
     Raises:
         InputError: The configuration, data or weights cannot be used; nothing was trained.
     """
-    run.parallel.check(world_size())
-    run.optim.check()
-    method = METHODS[run.method.name]
+    run.check(world_size())
+    method = METHODS.get(run.method.name)
+    if method is None:
+        raise InputError("method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
     reference = getattr(run.method, "reference", None)
     data = RunData(run, method.responses, method.two_sided, online=method.two_sided and reference == "online")
+    initialize(run.parallel, run.seed)
     if reference == "cache":
-        data.scores = ScoreReader(
-            run.method.scores,
-            score_fingerprints(data, run.method.scoring_precision or run.precision.dtype),
-            run.method if method.two_sided else None,
-        )
+        data.scores = _open_scores(run, data, method.two_sided)
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
+    newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))
     callbacks = [
+        DataReport(folder.name, ", ".join(run.data.train)),
         MetricLog(folder / "metrics.jsonl"),
         Checkpointing(checkpoints, run.trainer.checkpoint_every, run.trainer.keep_checkpoints),
     ]
     trainer = build_trainer(run, data.total_steps, callbacks)
     model = method.model(run, data, trainer)
-    newest = find_checkpoints(checkpoints)[-1:] if run.trainer.resume else []
-    if not newest and find_checkpoints(checkpoints):
-        raise InputError(str(checkpoints), "checkpoints, with trainer.resume false", "a run folder without checkpoints")
     if trainer.is_global_zero:
         _write_config(run, folder)
-    trainer.fit(model, ckpt_path=str(newest[0]) if newest else None)
+    trainer.fit(model, ckpt_path=str(newest) if newest else None)
     return find_checkpoints(checkpoints)[-1]
+
+
+def _open_scores(run: RunConfig, data: RunData, two_sided: bool) -> ScoreReader:
+    """The score cache, checked against this run, and against the weights of every scored model that it names."""
+    method = run.method
+    folders = {"reference": run.model.teacher.path if two_sided else data.policy_path}
+    if two_sided:
+        folders |= {"positive": method.positive, "negative": method.negative}
+    return ScoreReader(
+        method.scores,
+        score_fingerprints(data, method.scoring_precision or run.precision.dtype),
+        weights_fingerprints({role: folder for role, folder in folders.items() if folder}),
+        method if two_sided else None,
+    )
+
+
+def _newest_checkpoint(run: RunConfig, checkpoints: Path) -> Path | None:
+    """The checkpoint to go on from, where there is one."""
+    found = find_checkpoints(checkpoints)
+    if found and not run.trainer.resume:
+        raise InputError(str(checkpoints), "checkpoints, with trainer.resume false", "a run folder without checkpoints")
+    return found[-1] if found else None
 
 
 def _write_config(run: RunConfig, folder: Path) -> None:

@@ -16,7 +16,7 @@ from ctpd_nemo.pipeline.callbacks import ProgressLines
 
 
 def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = ()) -> pl.Trainer:
-    """A trainer over the processes of this job, logging to ``run.run_dir``.
+    """A trainer over the processes of this job, logging to ``logs`` in ``run.run_dir``.
 
     Args:
         run: The configuration.
@@ -45,7 +45,8 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
     exp_manager(
         trainer,
         {
-            "explicit_log_dir": str(Path(run.run_dir).absolute()),
+            # A folder of its own: NeMo moves every file that it finds there into run_0, run_1, ...
+            "explicit_log_dir": str(Path(run.run_dir).absolute() / "logs"),
             "create_tensorboard_logger": True,
             # Distributed checkpoints and their resumption are this project's own.
             "create_checkpoint_callback": False,

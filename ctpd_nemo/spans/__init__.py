@@ -8,7 +8,7 @@ So all the work is to know the byte at which a token ends:
 1. ``text_backend``: a private copy of the tokenizer that reads special tokens' strings as text and trims nothing.
 2. ``pieces``: the bytes that each token id stands for, and the text that a row of ids spells.
 3. ``byte_ends``: when the ids spell the text, ends are a running sum of byte lengths and exact by construction;
-   when a normalizer changed the text, ends are traced back through the tokenizer's character offsets.
+   when a normalizer changed the text, ends are traced back through the tokenizer's character offsets (``tracing``).
 4. ``align``: the intersection of the two sides, vectorised over a batch of texts.
 """
 

@@ -74,19 +74,19 @@ def align_batch(
         student_side = replace(teacher_side, ids=teacher_side.ids.copy())
     else:
         student_side = batch_token_ends(texts, encoded, student)
-    return _intersect(teacher_side, student_side)
+    return intersect(teacher_side, student_side)
 
 
-def _intersect(teacher: TokenEnds, student: TokenEnds) -> list[AlignedSpans]:
+def intersect(teacher: TokenEnds, student: TokenEnds) -> list[AlignedSpans]:
     """Cut a batch of texts at the ends that both sides know, on the byte axis that they share."""
     first_byte = teacher.first_byte
     is_bound = _end_marks(teacher)
     is_bound &= _end_marks(student)
     # Texts begin and end at bounds by definition, also where one side has no token.
     is_bound[first_byte] = True
-    bounds = np.flatnonzero(is_bound)
+    bounds = is_bound.nonzero()[0]
     # The last byte of a token tells its span, counted from the first of the batch: the bounds up to that byte.
-    bounds_so_far = np.cumsum(is_bound, dtype=np.int32)
+    bounds_so_far = is_bound.cumsum(dtype=np.int32)
     teacher_span, student_span = bounds_so_far[teacher.ends - 1], bounds_so_far[student.ends - 1]
     spans_so_far = bounds_so_far[first_byte].tolist()
     return [

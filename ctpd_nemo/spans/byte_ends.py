@@ -1,14 +1,18 @@
 """Where each token ends, in bytes of the original text.
 
-Two ways, tried in this order:
+Three ways, tried in this order:
 
 *Spelling.* Join the bytes that the ids stand for. If they give back the text (or the text behind one dummy space), the
 end of a token is the running sum of byte lengths: exact by construction, inside characters too, whatever the
 tokenizer's normalizer might have done. This needs no offsets and covers almost every text of every tokenizer.
 
-*Tracing.* If they do not (a normalizer composed, folded or dropped something, or a token is unknown), ends come from
-the tokenizer's character offsets: exact at characters. Inside a character an end is known only when the ids spell that
-very character around the cut; else it is unknown. Text that no token covers belongs to the token that follows it.
+*Spelling with gaps.* A byte-level vocabulary may lack a byte (StarCoder2's lacks 0xF1) and drop it without a word. If
+the ids spell the text without those bytes, each token ends behind its last byte.
+
+*Tracing.* Else a normalizer composed, folded or dropped something, or a token is unknown: ends come from the
+tokenizer's character offsets (see ``tracing``), exact at characters, and inside them where the character is untouched.
+
+Text that no token covers belongs to the token that follows it.
 
 Ends are kept in *closed* form: a token whose end is unknown carries the end of the first later token that has a known
 one. So ends never decrease, the last is the length of the text, and a token is a place to cut exactly when the next
@@ -23,18 +27,14 @@ from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans.pieces import PieceTable
-from ctpd_nemo.spans.text_reader import text_reader
+from ctpd_nemo.spans.text_reader import TextReader, text_reader
+from ctpd_nemo.spans.tracing import UNKNOWN, Int64Array, closed, traced_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Int64Array = NDArray[np.int64]
-
-UNKNOWN = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +100,30 @@ def batch_token_ends(texts: Sequence[str], encoded: Sequence[bytes], tokenizer: 
         tokenizer: a Hugging Face fast tokenizer.
     """
     reader = text_reader(tokenizer)
+    return place_ends(texts, encoded, reader.ids(texts), reader)
+
+
+def place_ends(
+    texts: Sequence[str], encoded: Sequence[bytes], rows: Sequence[list[int]], reader: TextReader
+) -> TokenEnds:
+    """Place the ends of tokens that are already there: ``rows`` are the ids that ``reader`` gives for ``texts``."""
     # An empty text has no byte to cover: where a tokenizer makes a dummy prefix of nothing, that token is dropped.
-    rows = [row if data else [] for row, data in zip(reader.ids(texts), encoded, strict=True)]
+    rows = [row if data else [] for row, data in zip(rows, encoded, strict=True)]
     first_token = list(accumulate(map(len, rows), initial=0))
     first_byte = list(accumulate(map(len, encoded), initial=0))
     ids = np.fromiter(chain.from_iterable(rows), np.int64, first_token[-1])
 
     ends, misspelled = _spelled_ends(ids, first_token, encoded, first_byte, reader.pieces)
-    offsets = reader.offsets([texts[index] for index in misspelled]) if misspelled else []
-    for index, text_offsets in zip(misspelled, offsets, strict=True):
-        own = slice(first_token[index], first_token[index + 1])
-        ends[own] = first_byte[index] + _traced_ends(encoded[index], ids[own], text_offsets, reader.pieces)
+    if misspelled:
+        offsets = reader.offsets([texts[index] for index in misspelled])
+        for index, text_offsets in zip(misspelled, offsets, strict=True):
+            data, own = encoded[index], slice(first_token[index], first_token[index + 1])
+            own_ends = _gapped_ends(data, ids[own], reader.pieces)
+            if own_ends is None and reader.offsets_drift(texts[index]):
+                own_ends = np.full(len(ids[own]), len(data))
+            elif own_ends is None:
+                own_ends = traced_ends(data, ids[own], text_offsets, reader.pieces)
+            ends[own] = first_byte[index] + own_ends
     return TokenEnds(ids, ends, first_token, first_byte)
 
 
@@ -142,70 +155,21 @@ def _spelled_ends(
         # A dummy space that is a token by itself ends where its text begins; it closes with the token that follows.
         nothing_yet = ends <= np.repeat(first_byte[:-1], token_counts)
         if nothing_yet.any():
-            ends = _closed(np.where(nothing_yet, UNKNOWN, ends))
+            ends = closed(np.where(nothing_yet, UNKNOWN, ends))
     return ends, misspelled
 
 
-def _closed(ends: Int64Array) -> Int64Array:
-    """Give every unknown end, and every end beyond a later one, the smallest end that follows it."""
-    return np.minimum.accumulate(ends[::-1])[::-1]
-
-
-def _traced_ends(data: bytes, ids: Int64Array, offsets: Sequence[tuple[int, int]], pieces: PieceTable) -> Int64Array:
-    """Ends by character offsets, in closed form, for one text that has tokens.
-
-    Args:
-        data: the text in UTF-8, n_bytes > 0.
-        ids: int64 [n], n > 0.
-        offsets: the characters [start, stop) of the text that each token comes from, as the tokenizer traces them.
-        pieces: the bytes of each id, to place ends inside a character.
-    """
-    start, stop = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(ids)).reshape(-1, 2).T
-    is_lead = (np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80
-    char_begin = np.append(np.flatnonzero(is_lead), len(data))
-    # `reach`: the characters covered so far end here. `back`: the tokens still to come begin here. Tokens that cover no
-    # character (inserted by a normalizer) move neither.
-    covers = stop > start
-    reach = np.maximum.accumulate(np.where(covers, stop, 0))
-    back = _closed(np.append(np.where(covers, start, len(char_begin) - 1)[1:], len(char_begin) - 1))
-
-    ends = np.where(back >= reach, char_begin[reach], UNKNOWN)
-    shares_a_character = np.flatnonzero(back == reach - 1)
-    if len(shares_a_character):
-        spelled, piece_bounds = pieces.spell(ids)
-        _place_ends_inside_characters(ends, shares_a_character, reach - 1, char_begin, data, spelled, piece_bounds[1:])
-    ends[ends == 0] = UNKNOWN
+def _gapped_ends(data: bytes, ids: Int64Array, pieces: PieceTable) -> Int64Array | None:
+    """Ends within one text if ``ids`` spell it but for the bytes that have no token, else None."""
+    if not pieces.dropped_bytes:
+        return None
+    spelled, piece_bounds = pieces.spell(ids)
+    kept = data.translate(None, pieces.dropped_bytes)
+    if spelled not in (kept, b" " + kept):
+        return None
+    is_kept = ~np.isin(np.frombuffer(data, dtype=np.uint8), list(pieces.dropped_bytes))
+    end_of_kept = np.append(UNKNOWN, np.flatnonzero(is_kept) + 1)
+    dummy_space = len(spelled) - len(kept)
+    ends = end_of_kept[np.maximum(piece_bounds[1:] - dummy_space, 0)]
     ends[-1] = len(data)
-    return _closed(ends)
-
-
-def _place_ends_inside_characters(
-    ends: Int64Array,
-    tokens: Int64Array,
-    last_char: Int64Array,
-    char_begin: Int64Array,
-    data: bytes,
-    spelled: bytes,
-    piece_ends: Int64Array,
-) -> None:
-    """Set ``ends`` of those ``tokens`` that end inside an unchanged character; the others stay as they are.
-
-    Token i ends inside character ``last_char[i]`` of the text. Its end in the spelled bytes falls inside a spelled
-    character too, or else the tokens split what a normalizer made of the character. If both characters are the same,
-    and nothing else was made of it, the normalizer left it alone: the end is as many bytes into the one as into the
-    other.
-    """
-    is_lead = np.append((np.frombuffer(spelled, dtype=np.uint8) & 0xC0) != 0x80, True)
-    leads = np.flatnonzero(is_lead)
-    is_whole = is_lead[piece_ends[tokens]]
-    # Spelled characters that end here share their character of the text with the spelled character that follows.
-    more_follows = set(piece_ends[tokens[is_whole]].tolist())
-    tokens = tokens[~is_whole]
-    following = np.searchsorted(leads, piece_ends[tokens])
-    for token, lead in zip(tokens.tolist(), following.tolist(), strict=True):
-        begin = int(leads[lead - 1]) if lead else 0
-        char = last_char[token]
-        char_bytes = data[char_begin[char] : char_begin[char + 1]]
-        end = begin + len(char_bytes)
-        if piece_ends[token] < end and end not in more_follows and spelled[begin:end] == char_bytes:
-            ends[token] = char_begin[char] + piece_ends[token] - begin
+    return closed(ends)

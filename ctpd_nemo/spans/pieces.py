@@ -24,11 +24,13 @@ class PieceTable:
         buffer: uint8, the bytes of all pieces in id order.
         starts: int64 [n_ids], where each id's bytes begin in ``buffer``.
         lengths: int64 [n_ids], how many bytes each id stands for; 0 where that is not known (unknown token, gap).
+        dropped_bytes: the bytes that a byte-level model has no token for, not even an unknown one; it skips them.
     """
 
     buffer: NDArray[np.uint8]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    dropped_bytes: bytes
 
     def spell(self, ids: NDArray[np.int64]) -> tuple[bytes, NDArray[np.int64]]:
         """Join the bytes that ``ids`` [n] stand for; return them and the int64 [n + 1] positions between the ids."""
@@ -38,7 +40,7 @@ class PieceTable:
         # Byte j of the result is buffer[starts[id] + (j - begin of that id in the result)].
         source = (self.starts[ids] - bounds[:-1]).repeat(lengths)
         source += np.arange(len(source))
-        return self.buffer[source].tobytes(), bounds
+        return self.buffer.take(source).tobytes(), bounds
 
 
 def piece_table(backend: Tokenizer, spec: JsonDict) -> PieceTable:
@@ -59,7 +61,21 @@ def piece_table(backend: Tokenizer, spec: JsonDict) -> PieceTable:
 
     lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
     buffer = np.frombuffer(b"".join(pieces), dtype=np.uint8)
-    return PieceTable(buffer, np.cumsum(lengths) - lengths, lengths)
+    skips = byte_level and model_letters(spec) is not None
+    dropped_bytes = bytes(set(range(256)) - {piece[0] for piece in pieces if len(piece) == 1}) if skips else b""
+    return PieceTable(buffer, np.cumsum(lengths) - lengths, lengths, dropped_bytes)
+
+
+def model_letters(spec: JsonDict) -> frozenset[str] | None:
+    """The characters that the model has a token for, if it skips all others in silence; None if it skips none."""
+    model = spec["model"]
+    if model["type"] != "BPE" or model["unk_token"] is not None:
+        return None
+    letters = frozenset(text for piece in model["vocab"] if len(text := _without_affixes(piece, model)) == 1)
+    has_all_bytes = letters.issuperset(map(chr, _BYTE_LEVEL_ALPHABET)) or (
+        model["byte_fallback"] and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+    )
+    return None if has_all_bytes else letters
 
 
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 JsonDict = dict[str, Any]
 
 
+def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return the Rust tokenizer inside a Hugging Face fast tokenizer; raise InputError if there is none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise InputError(_place(tokenizer), f"a {type(tokenizer).__name__}", "a Hugging Face fast tokenizer")
+    return backend
+
+
 def text_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, JsonDict]:
     """Copy the backend of ``tokenizer`` into one that reads every string as ordinary text.
 
@@ -39,14 +47,12 @@ def text_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, JsonDic
     Raises:
         InputError: the tokenizer is not a fast one, or its parts cannot be written as JSON.
     """
-    place = f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
-        raise InputError(place, f"a {type(tokenizer).__name__}", "a Hugging Face fast tokenizer")
+    backend = fast_backend(tokenizer)
     try:
         spec: JsonDict = json.loads(backend.to_str())
     except Exception as error:  # the Rust side raises a bare Exception for parts written in Python
-        raise InputError(place, f"parts that cannot be copied ({error})", "a tokenizer that can be saved") from error
+        found = f"parts that cannot be copied ({error})"
+        raise InputError(_place(tokenizer), found, "a tokenizer that can be saved") from error
     spec["padding"] = spec["truncation"] = spec["post_processor"] = None
     if spec["model"]["type"] == "BPE":
         spec["model"]["dropout"] = None
@@ -55,8 +61,13 @@ def text_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, JsonDic
     copy.encode_special_tokens = True
     for token in spec["added_tokens"]:
         if copy.token_to_id(token["content"]) != token["id"]:
-            raise InputError(place, f"added token {token['content']!r} at id {token['id']}", "ids without a gap")
+            found = f"added token {token['content']!r} at id {token['id']}"
+            raise InputError(_place(tokenizer), found, "added tokens whose ids have no gap")
     return copy, spec
+
+
+def _place(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"tokenizer {getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}"
 
 
 def components(part: JsonDict | None) -> Iterator[JsonDict]:

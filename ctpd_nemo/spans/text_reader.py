@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from ctpd_nemo.spans.pieces import piece_table
-from ctpd_nemo.spans.text_backend import text_backend
+from tokenizers import Tokenizer
+
+from ctpd_nemo.spans.pieces import model_letters, piece_table
+from ctpd_nemo.spans.text_backend import fast_backend, text_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,12 +21,13 @@ class TextReader:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.backend, spec = text_backend(tokenizer)
         self.pieces = piece_table(self.backend, spec)
-        self._source = tokenizer.backend_tokenizer
+        self._letters = model_letters(spec)
+        self._source = fast_backend(tokenizer)
         self._source_size = self._source.get_vocab_size()
 
-    def is_current(self, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Whether the tokenizer still has the backend this was made from, and as many tokens."""
-        return tokenizer.backend_tokenizer is self._source and self._source.get_vocab_size() == self._source_size
+    def reads(self, backend: Tokenizer) -> bool:
+        """Whether this was made from ``backend`` and no token has been added to it since."""
+        return backend is self._source and backend.get_vocab_size() == self._source_size
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, no special tokens."""
@@ -34,6 +37,19 @@ class TextReader:
         """The characters [start, stop) of its text that each token comes from."""
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.offsets for encoding in encodings]
+
+    def offsets_drift(self, text: str) -> bool:
+        """Whether the model skips a letter of this text for want of a token.
+
+        The ``tokenizers`` library counts the offsets of a word by the letters that the model kept, so behind a skipped
+        letter they point too far to the left.
+        """
+        if self._letters is None:
+            return False
+        normalizer, pre_tokenizer = self.backend.normalizer, self.backend.pre_tokenizer
+        normalized = normalizer.normalize_str(text) if normalizer else text
+        words = pre_tokenizer.pre_tokenize_str(normalized) if pre_tokenizer else [(normalized, (0, 0))]
+        return not all(self._letters.issuperset(word) for word, _ in words)
 
 
 _READERS: WeakKeyDictionary[PreTrainedTokenizerBase, TextReader] = WeakKeyDictionary()
@@ -45,7 +61,8 @@ def text_reader(tokenizer: PreTrainedTokenizerBase) -> TextReader:
     A process that forks workers can make it before the fork by aligning any text; the workers then share its memory.
     Adding tokens to the tokenizer makes a new reader; other changes to a tokenizer already in use are not seen.
     """
+    backend = fast_backend(tokenizer)
     reader = _READERS.get(tokenizer)
-    if reader is None or not reader.is_current(tokenizer):
+    if reader is None or not reader.reads(backend):
         reader = _READERS[tokenizer] = TextReader(tokenizer)
     return reader

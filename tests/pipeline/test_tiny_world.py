@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ctpd_nemo.data.forms import Message
@@ -55,10 +56,10 @@ def numbers(prompt: str) -> list[int]:
     return [int(digits) for digits in re.findall(r"\d+", prompt)]
 
 
-def opening_word(prompt: str) -> str:
-    match = re.search(r"(?:word (\w+)\.|Say (\w+) once)", prompt)
+def asked_word(prompt: str) -> str:
+    match = re.search(r"(?:word|Say|down) (\w+)", prompt)
     assert match
-    return match[1] or match[2]
+    return match[1]
 
 
 def letter(prompt: str) -> str:
@@ -80,7 +81,7 @@ ANSWERS: dict[str, Callable[[str], str]] = {
     "larger": lambda prompt: str(max(numbers(prompt))),
     "parity": lambda prompt: ["even", "odd"][numbers(prompt)[0] % 2],
     "sort": lambda prompt: ", ".join(str(number) for number in sorted(numbers(prompt))),
-    "copy": opening_word,
+    "copy": asked_word,
     "letter": letter,
     "colour": colour,
 }
@@ -168,20 +169,29 @@ def test_rows_are_read_as_preference_pairs(world: TinyWorld) -> None:
 def test_tokenizers_give_every_text_back(name: str, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     tokenizer = tokenizers[name]
     texts = all_texts(generate_pairs("train", 2000, seed=9) + generate_pairs("test", 500, seed=9))
-    texts += ["日本語 🦙 и ещё", "two  spaces\nand a line", " a space first", "tail ", "<0x41> ▲", "e\u0301"]
+    texts += ["日本語 🦙 и ещё", "two  spaces\nand a line", "tail ▲ "]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert tokenizer.batch_decode(ids) == texts
-    assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in {i for row in ids for i in row}
+    assert tokenizer.unk_token_id not in {index for row in ids for index in row}
 
 
 def test_tokenizers_have_the_sizes_they_claim(tmp_path: Path) -> None:
     world = build_tiny_world(tmp_path / "world", **SMALL | {"n_train": 1000})
     teacher, student = (AutoTokenizer.from_pretrained(folder) for folder in (world.teacher, world.student))
-    assert len(teacher) == 1000 + 3
+    assert len(teacher) == 800 + 3
     assert len(student) == 600 + 256 + 5
     vocab = student.get_vocab()
     assert {f"<0x{byte:02X}>" for byte in range(256)} < set(vocab)
     assert max(len(piece) for piece in vocab if not re.fullmatch(r"<.*>", piece)) == 7
+
+
+def test_the_library_loads_the_tokenizer_that_was_trained(
+    world: TinyWorld, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
+    texts = [*all_texts(generate_pairs("train", 500, seed=5)), "don't  12 345\n\n x", "e\u0301", "DON'T <|im_end|>"]
+    for name, folder in (("teacher", world.teacher), ("student", world.student)):
+        saved = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        assert tokenizers[name](texts)["input_ids"] == [encoding.ids for encoding in saved.encode_batch(texts)]
 
 
 def test_spans_of_many_shapes_are_common(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
@@ -210,7 +220,7 @@ def test_chat_templates_open_and_close_turns_once(tokenizers: dict[str, PreTrain
         tokenizer = tokenizers[name]
         side = Side(tokenizer)
         assert side.end_of_turn_ids.tolist() == [tokenizer.eos_token_id] == [tokenizer.convert_tokens_to_ids(eos)]
-        assert tokenizer.pad_token_id not in (tokenizer.eos_token_id, tokenizer.unk_token_id)
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
         ids = side.render_prompt(prompt).tolist()
         assert ids.count(tokenizer.eos_token_id) == 2
         assert tokenizer.decode(ids) == side.render_text(prompt)

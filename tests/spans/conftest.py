@@ -67,8 +67,10 @@ def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def byte_level(add_prefix_space: bool) -> PreTrainedTokenizerFast:
+def byte_level(add_prefix_space: bool, normalizer=None) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
+    if normalizer:
+        tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -116,6 +118,17 @@ def prefixed_letters(text: str) -> list[Letter]:
     return letters if text[:1] in ("", " ") else [Letter(" ", None), *letters]
 
 
+def folded_letters(text: str) -> list[Letter]:
+    """NFKC and lower case, one character at a time, and a space in front."""
+    folded = [
+        Letter(lower, index)
+        for index, char in enumerate(text)
+        for part in unicodedata.normalize("NFKC", char)
+        for lower in part.lower()
+    ]
+    return folded if text[:1] in ("", " ") else [Letter(" ", None), *folded]
+
+
 def unprefixed_metaspace_letters(text: str) -> list[Letter]:
     return [Letter(oracle.META if char == " " else char, index) for index, char in enumerate(text)]
 
@@ -145,6 +158,11 @@ def trained() -> dict[str, Hand]:
     return {
         "byte level": Hand(byte_level(False), oracle.plain_letters, oracle.byte_level_pieces),
         "byte level with prefix": Hand(byte_level(True), prefixed_letters, oracle.byte_level_pieces),
+        "byte level folded": Hand(
+            byte_level(True, normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])),
+            folded_letters,
+            oracle.byte_level_pieces,
+        ),
         "metaspace": Hand(unigram(Metaspace(split=False)), oracle.metaspace_letters, pieces),
         "metaspace first": Hand(
             unigram(Metaspace(prepend_scheme="first", split=False)), oracle.metaspace_letters, pieces

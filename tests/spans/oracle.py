@@ -1,15 +1,15 @@
 """A slow, plain oracle for aligned spans, written from first principles and sharing no code with the package.
 
-It works letter by letter. A *letter* is one character of the text as the model sees it (after the normalizer), with the
-index of the character of the original text it comes from, or None for a dummy prefix that comes from nowhere. Tokens are
-byte strings that spell the letters in order. The end of a token follows from the letter and the byte it stops at.
+It works letter by letter. A *letter* is one character of the text as the model sees it (after the normalizer), with
+the index of the character of the original text it comes from, or None for a dummy prefix that comes from nowhere.
+Tokens are byte strings that spell the letters in order. A token's end follows from the letter and byte it stops at.
 
-What it assumes: Unicode data of Python's ``unicodedata``; GPT-2's byte alphabet as ``transformers`` tabulates it; and for
-NFC, the convention of the ``tokenizers`` library that a composed character comes from the first character it is made of
-(so ``e`` + U+0301 comes from the ``e``, and U+0301 is covered by no token), and that after canonical ordering the origins
-are counted off in the new order: the first part of each decomposed character moves on to the next character of the text,
-its other parts stay at the one reached, and a composed character skips, right behind itself, as many characters as it
-took in.
+What it assumes: Unicode data of Python's ``unicodedata``; GPT-2's byte alphabet as ``transformers`` tabulates it; and
+for NFC, the convention of the ``tokenizers`` library that a composed character comes from the first character it is
+made of (so ``e`` + U+0301 comes from the ``e``, and U+0301 is covered by no token), and that after canonical ordering
+the origins are counted off in the new order: the first part of each decomposed character moves on to the next
+character of the text, its other parts stay at the one reached, and a composed character skips, right behind itself, as
+many characters as it took in.
 """
 
 import re
@@ -123,7 +123,7 @@ def token_ends(
     """The byte of the text at which each token ends, None where it cannot be known; the last ends with the text.
 
     Letters for which ``dropped`` is true are in no token, nor are the ``missing`` bytes. The tokens spell all the rest,
-    or this fails. Inside a letter an end is known if the letter is its character, alone and with all its bytes.
+    or this fails. Inside a letter an end is known if the letter is its character, and alone.
     """
     letters = [letter for letter in letters if not dropped(letter.char)]
     stream = [
@@ -147,11 +147,11 @@ def token_ends(
         char, source = letters[at]
         if source is None:
             ends.append(None)
-        elif position < len(stream) and stream[position][0] == at:
-            is_untouched = char == text[source] and made_of[source] == 1 and missing.isdisjoint(char.encode())
-            ends.append(char_begin[source] + used if is_untouched else None)
+        elif char == text[source] and made_of[source] == 1:
+            ends.append(char_begin[source] + used)
         else:
-            ends.append(char_begin[source + 1] if at == last_of[source] else None)
+            is_whole = position == len(stream) or stream[position][0] != at
+            ends.append(char_begin[source + 1] if is_whole and at == last_of[source] else None)
     if ends:
         ends[-1] = char_begin[-1]
     return ends

@@ -5,7 +5,7 @@ import random
 import unicodedata
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ctpd_nemo.spans import align
@@ -41,6 +41,8 @@ SAMPLES = [
     "\ufdd0\uffff\U0010ffff\u0378",
     # A mark that canonical ordering moves into a decomposed character: it must not be cut inside.
     "\U0001d15e\u0f72<|reserved_special_token_184|>",
+    # Marks of which two end up at the place of one, both equal to the mark of the text there.
+    "\u0327\u0f72\u0f73\u092e\u0308",
     # StarCoder2 has no token for the first byte of the unassigned planes 4 to 7 and drops it.
     "a\U00040000b🦙\U00040000\U00050000",
     "\U00040000",
@@ -89,6 +91,9 @@ def test_spans_match_the_oracle_on_hostile_texts(real, texts):
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=20))
 def test_spans_match_the_oracle_on_any_unicode(real, text):
+    nfc = real["qwen2"].tokenizer.backend_tokenizer.normalizer
+    # The two know different versions of Unicode; where they disagree the oracle cannot read the tokens.
+    assume(nfc.normalize_str(text) == unicodedata.normalize("NFC", text))
     assert_every_ordered_pair_matches([text], real)
 
 

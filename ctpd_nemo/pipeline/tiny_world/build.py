@@ -17,7 +17,7 @@ from ctpd_nemo.pipeline.tiny_world.tokenizers import train_bpe, train_unigram
 
 logger = logging.getLogger(__name__)
 
-TEACHER = ModelSize(num_layers=4, hidden_size=192, ffn_hidden_size=512)
+TEACHER = ModelSize(num_layers=3, hidden_size=128, ffn_hidden_size=352)
 STUDENT = ModelSize(num_layers=2, hidden_size=96, ffn_hidden_size=256)
 
 _MANIFEST = "tiny_world.json"
@@ -63,7 +63,7 @@ def build_tiny_world(
         folder: Where the world is, or will be.
         seed: Of the pairs and of the models' first weights.
         n_train: Training pairs.
-        n_test: Test pairs; about 2,000 different ones exist.
+        n_test: Test pairs; about 1,700 different ones exist.
         flip: Share of training pairs whose chosen and rejected are exchanged; test pairs are never flipped.
         teacher: Size of the teacher.
         student: Size of the student.

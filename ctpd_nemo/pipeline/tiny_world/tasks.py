@@ -77,7 +77,7 @@ _WORDS = (
 
 def _copy(rng: Random) -> Task:
     word, other = rng.sample(_WORDS, 2)
-    question = rng.choice(("Repeat the word {}.", "Say {} once more.")).format(word)
+    question = rng.choice(("Repeat the word {}.", "Say {} once more.", "Write down {}.")).format(word)
     return Task(question, "the word is {}", word, other)
 
 
@@ -98,8 +98,9 @@ def _calendar(rng: Random) -> Task:
     at = rng.randrange(len(names))
     relation, step = rng.choice((("after", 1), ("before", -1)))
     right = names[(at + step) % len(names)]
-    question = rng.choice(("Which {} comes {} {}?", "Name the {} {} {}.")).format(name, relation, names[at])
+    question = rng.choice(("Which {} comes {} {}?", "Name the {} {} {}.", "What {} is {} {}?"))
     wrong = rng.choice([other for other in names if other not in (right, names[at])])
+    question = question.format(name, relation, names[at])
     return Task(question, f"{relation} {names[at]} it is {{}}", right, wrong)
 
 

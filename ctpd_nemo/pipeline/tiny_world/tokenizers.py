@@ -1,8 +1,8 @@
 """Two tokenizers of different algorithms, trained on the tiny world's own text.
 
 The teacher's is a byte-level BPE with Qwen2's chat markup. The student's is a SentencePiece-style Unigram that falls
-back to bytes, with Llama-3's chat markup. Emoji are one piece to the first and four bytes to the second, the second
-prefers pieces that run across words: spans of one token against several, and of several against several, are common.
+back to bytes, with Llama-3's chat markup. An emoji is one piece to the first and four bytes to the second; the second's
+pieces run across words. So spans of one token against several, and of several against several, are common.
 """
 
 import json
@@ -11,8 +11,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-BPE_PIECES = 1000
+BPE_PIECES = 800
 UNIGRAM_PIECES = 600
 
 # Longer pieces would swallow whole sentences: the world's text repeats itself.
@@ -36,7 +37,14 @@ _HEADER_TEMPLATE = (
 def train_bpe(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most ``BPE_PIECES`` pieces: no BOS, ``<|im_end|>`` ends a turn."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Qwen2's own rules, and no others: transformers puts them into any tokenizer that lies beside a Qwen2 model.
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=BPE_PIECES,
@@ -49,7 +57,7 @@ def train_bpe(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def train_unigram(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A Unigram of ``UNIGRAM_PIECES`` pieces and 256 bytes: a BOS, ``<|eot_id|>`` ends a turn, nothing is unknown."""
+    """A Unigram of at most ``UNIGRAM_PIECES`` pieces and 256 bytes: has a BOS, ``<|eot_id|>`` ends a turn."""
     trained = _unigram_backend(models.Unigram())
     # Emoji are kept out of the training text, so that they are spelled in bytes.
     trained.normalizer = normalizers.Replace(Regex(r"[\x{1F000}-\x{1FFFF}]"), "")

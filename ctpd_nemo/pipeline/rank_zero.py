@@ -1,0 +1,31 @@
+"""What one process finds out or does for all of them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ctpd_nemo.errors import InputError
+
+T = TypeVar("T")
+
+
+def on_rank_0(task: Callable[[], T]) -> T:
+    """What ``task`` returns on rank 0, on every rank; every rank calls it together, process groups are there.
+
+    Files may look different to ranks that look at different times, or on different nodes: what steers a job is looked
+    up once.
+
+    Raises:
+        InputError: Raised by the task on rank 0; then it is raised on every rank.
+    """
+    result: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [task()]
+        except InputError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], InputError):
+        raise result[0]
+    return result[0]

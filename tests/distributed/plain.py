@@ -1,0 +1,174 @@
+"""The same methods in plain ``transformers`` and PyTorch: one sequence at a time, whole logits, no padding, fp32.
+
+Shares no code with the package: prompts come from ``apply_chat_template``, spans from counting characters (the pairs are
+ASCII), the loss from its formula, the update from ``torch.optim.AdamW``.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Optim:
+    """What the runs are trained with: AdamW, cosine without warm-up."""
+
+    lr: float = 1e-3
+    eps: float = 1e-3
+    weight_decay: float = 0.1
+    clip_grad: float = 0.5
+
+
+@dataclass
+class Trained:
+    """Of each step the metrics and gradients; the weights after the last."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt, a response with its end of turn, and how far into the response's text each of its tokens reaches."""
+
+    prompt: list[int]
+    response: list[int]
+    ends: list[int]
+
+
+@cache
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def tokens(folder: Path, row: dict[str, Any], name: str) -> Tokens:
+    """One side's tokens of a response. The end of turn, one past the text, reaches one character further."""
+    tokenizer = _tokenizer(folder)
+    text = row[name][0]["content"]
+    assert text.isascii()
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    pieces = [piece.replace("Ġ", " ").replace("▁", " ") for piece in tokenizer.convert_ids_to_tokens(ids)]
+    joined = "".join(pieces)
+    assert joined.removeprefix(" ") == text
+    # SentencePiece puts a space in front that the text does not have.
+    ends = [max(0, end - (len(joined) - len(text))) for end in accumulate(map(len, pieces))]
+    return Tokens(prompt, [*ids, tokenizer.eos_token_id], [*ends, len(text) + 1])
+
+
+def logprobs(model: PreTrainedModel, sequence: Tokens) -> Tensor:
+    """Log-prob of each response token, ``[n_response]``."""
+    ids = torch.tensor([sequence.prompt + sequence.response])
+    every = torch.log_softmax(model(ids).logits[0].float(), dim=-1)
+    first = len(sequence.prompt)
+    return every[first - 1 : -1].gather(1, ids[0, first:, None]).squeeze(1)
+
+
+def span_sums(values: Tensor, ends: list[int], bounds: list[int]) -> Tensor:
+    """The sum of the tokens that end in each span, ``[n_spans]``; ``bounds`` are the ends of the spans."""
+    span = [next(number for number, bound in enumerate(bounds) if end <= bound) for end in ends]
+    return torch.stack([values[[at == number for at in span]].sum() for number in range(len(bounds))])
+
+
+def shared_ends(first: Tokens, second: Tokens) -> list[int]:
+    """Where a token ends on both sides; a token that reaches no character ends nothing."""
+    return sorted((set(first.ends) & set(second.ends)) - {0})
+
+
+def span_scores(scored: Path, student: Path, teacher: Path, row: dict[str, Any], name: str) -> Tensor:
+    """Log-probs that the model ``scored``, which reads as ``teacher`` does, gives the spans shared with ``student``."""
+    sides = tokens(student, row, name), tokens(teacher, row, name)
+    with torch.no_grad():
+        return span_sums(logprobs(_cached_model(scored), sides[1]), sides[1].ends, shared_ends(*sides))
+
+
+@cache
+def _cached_model(folder: Path) -> PreTrainedModel:
+    return _model(folder)
+
+
+@dataclass(frozen=True)
+class Method:
+    """SFT where ``reference`` is None; DPO where it is the policy's own folder; else CTPD.
+
+    Attributes:
+        policy: Folder of the model that is trained.
+        reference: Folder of the model it is measured against.
+        contrastive: Folders of positive and negative teacher; None for weights of 1.
+        beta: Strength of the pull to the reference.
+        reverse: Prefer the rejected response.
+    """
+
+    policy: Path
+    reference: Path | None = None
+    contrastive: tuple[Path, Path] | None = None
+    beta: float = 0.1
+    reverse: bool = False
+
+    def loss(self, model: PreTrainedModel, rows: list[dict[str, Any]]) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a global batch, and the metrics that training reports."""
+        if self.reference is None:
+            loss = -torch.cat([logprobs(model, tokens(self.policy, row, "chosen")) for row in rows]).mean()
+            return loss, {"loss": loss.item()}
+        sides = [[self._reward(model, row, name) for name in ("chosen", "rejected")] for row in rows]
+        rewards, sums = (torch.stack([torch.stack([side[i] for side in pair]) for pair in sides]) for i in (0, 1))
+        if self.reverse:
+            rewards, sums = rewards.flip(1), sums.flip(1)
+        margin = rewards[:, 0] - rewards[:, 1]
+        loss = torch.log1p(torch.exp(-margin)).mean()
+        metrics = {"loss": loss, "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        for i, name in enumerate(("chosen", "rejected")):
+            metrics |= {f"reward_{name}": rewards[:, i].mean(), f"logprob_{name}": sums[:, i].mean()}
+        return loss, {name: float(value) for name, value in metrics.items()}
+
+    def _reward(self, model: PreTrainedModel, row: dict[str, Any], name: str) -> tuple[Tensor, Tensor]:
+        """``beta * sum_s w_s (log pi(s) - log pi_ref(s))`` of a response, and its log-prob."""
+        assert self.reference is not None
+        own, other = tokens(self.policy, row, name), tokens(self.reference, row, name)
+        policy = span_sums(logprobs(model, own), own.ends, shared_ends(own, other))
+        weights = torch.ones_like(policy)
+        if self.contrastive is not None:
+            up, down = (span_scores(folder, self.policy, self.reference, row, name) for folder in self.contrastive)
+            sign = 1.0 if name == "chosen" else -1.0
+            weights = torch.exp(sign * (up - down).clamp(-0.5, 1.5))
+        reference = span_scores(self.reference, self.policy, self.reference, row, name)
+        return self.beta * (weights * (policy - reference)).sum(), policy.detach().sum()
+
+
+def train(method: Method, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
+    """Train on the pairs in file order."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    model, trained = _model(method.policy), Trained()
+    named = dict(model.named_parameters())
+    decayed = [p for p in named.values() if p.ndim > 1]
+    plain = [p for p in named.values() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=optim.lr,
+        eps=optim.eps,
+    )
+    for step in range(total_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+        optimizer.zero_grad()
+        loss, metrics = method.loss(model, rows[step * global_batch : (step + 1) * global_batch])
+        loss.backward()
+        trained.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        trained.metrics.append({**metrics, "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})
+        optimizer.step()
+    trained.weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    return trained

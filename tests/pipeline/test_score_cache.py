@@ -1,0 +1,293 @@
+"""The span score cache: what is written is read, by the run that it belongs to, and never by halves."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.ctpd import CTPDConfig
+from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
+
+PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
+WEIGHTS = {role: f"weights of {role}" for role in ("reference", "positive", "negative")}
+CONTRASTIVE = CTPDConfig(scores="cache")
+N_PAIRS, PAIRS_PER_SHARD = 7, 3
+
+
+def writer(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS), **changed: Any) -> ScoreWriter:
+    given: dict[str, Any] = {
+        "fingerprints": PRINTS,
+        "teacher_weights": {role: WEIGHTS[role] for role in roles},
+        "n_pairs": N_PAIRS,
+        "pairs_per_shard": PAIRS_PER_SHARD,
+    }
+    return ScoreWriter(folder, **{**given, **changed})
+
+
+def scores(role: str) -> list[PairScores]:
+    """Made-up scores: pair 2 has one span, responses have unequal lengths, every number is another."""
+    drawn = np.random.default_rng(list(role.encode()))
+    lengths = [(1 + (3 * pair + 1) % 5, 1 + pair % 4) if pair != 2 else (1, 1) for pair in range(N_PAIRS)]
+    return [
+        PairScores(f"pair-{pair}", *(-drawn.gamma(2.0, size=length).astype(np.float32) for length in both))
+        for pair, both in enumerate(lengths)
+    ]
+
+
+def write_shard(cache: ScoreWriter, role: str, shard: int) -> None:
+    cache.write(role, shard, scores(role)[shard * PAIRS_PER_SHARD : (shard + 1) * PAIRS_PER_SHARD])
+
+
+def write_all(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS)) -> ScoreWriter:
+    cache = writer(folder, roles)
+    cache.begin()
+    for role in roles:
+        for shard in range(cache.n_shards):
+            write_shard(cache, role, shard)
+    return cache
+
+
+def read(folder: Path, method: CTPDConfig | None = CONTRASTIVE, **changed: Any) -> ScoreReader:
+    given: dict[str, Any] = {"fingerprints": PRINTS, "teacher_weights": WEIGHTS}
+    return ScoreReader(folder, **{**given, **changed}, method=method)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_reader_gives_back_every_score_bit_for_bit(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    cache = read(tmp_path)
+    assert len(cache) == N_PAIRS
+    for pair in scores("reference"):
+        chosen, rejected, *_ = cache.lookup(pair.pair_id)
+        assert chosen.dtype == rejected.dtype == np.float32
+        np.testing.assert_array_equal(chosen, pair.chosen)
+        np.testing.assert_array_equal(rejected, pair.rejected)
+
+
+def test_weights_are_those_of_section_3_4_with_mu_plus_one_for_chosen_and_minus_one_for_rejected(
+    tmp_path: Path,
+) -> None:
+    k, lower, upper = 2.0, -0.3, 0.4
+    write_all(tmp_path)
+    cache = read(tmp_path, CTPDConfig(scores="cache", weight_scale=k, weight_lower=lower, weight_upper=upper))
+    clamped = set()
+    for positive, negative in zip(scores("positive"), scores("negative"), strict=True):
+        _, _, *weights = cache.lookup(positive.pair_id)
+        for found, mu, side in zip(weights, (1, -1), ("chosen", "rejected"), strict=True):
+            for w, up, down in zip(found, getattr(positive, side), getattr(negative, side), strict=True):
+                ratio = min(max(float(up) - float(down), lower), upper)
+                clamped.add(ratio if ratio in (lower, upper) else "inside")
+                assert w == pytest.approx(k * math.exp(mu * ratio), rel=1e-6)
+    assert clamped == {lower, upper, "inside"}
+
+
+def test_with_the_papers_settings_weights_stay_between_their_bounds(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    cache = read(tmp_path)
+    for pair in scores("positive"):
+        _, _, chosen, rejected = cache.lookup(pair.pair_id)
+        assert (chosen >= math.exp(-0.5) - 1e-6).all()
+        assert (chosen <= math.exp(1.5) + 1e-5).all()
+        assert (rejected >= math.exp(-1.5) - 1e-6).all()
+        assert (rejected <= math.exp(0.5) + 1e-6).all()
+
+
+@pytest.mark.parametrize("method", [None, CTPDConfig(scores="cache", weights="uniform")], ids=["dpo", "uniform"])
+def test_without_a_contrastive_pair_every_weight_is_one(tmp_path: Path, method: CTPDConfig | None) -> None:
+    write_all(tmp_path, ("reference",))
+    cache = read(tmp_path, method)
+    for pair in scores("reference"):
+        chosen, rejected, chosen_weights, rejected_weights = cache.lookup(pair.pair_id)
+        np.testing.assert_array_equal(chosen, pair.chosen)
+        np.testing.assert_array_equal(chosen_weights, np.ones_like(chosen))
+        np.testing.assert_array_equal(rejected_weights, np.ones_like(rejected))
+
+
+def test_scoring_goes_on_at_the_first_missing_shard(tmp_path: Path) -> None:
+    cache = writer(tmp_path)
+    assert cache.n_shards == 3
+    assert cache.missing(WEIGHTS) == [0, 1, 2]
+    cache.begin()
+    for role in WEIGHTS:
+        write_shard(cache, role, 0)
+    # One role is ahead of the others: its shard is not whole yet.
+    write_shard(cache, "reference", 1)
+    again = writer(tmp_path)
+    again.begin()
+    assert again.missing(WEIGHTS) == [1, 2]
+    assert again.missing(["reference"]) == [2]
+    before = files(tmp_path)
+    for role in WEIGHTS:
+        for shard in again.missing([role]):
+            write_shard(again, role, shard)
+    assert again.missing(WEIGHTS) == []
+    assert files(tmp_path).items() >= before.items()
+    assert len(read(tmp_path)) == N_PAIRS
+
+
+def test_a_second_job_adds_roles_and_keeps_the_first_ones(tmp_path: Path) -> None:
+    write_all(tmp_path, ("reference",))
+    before = files(tmp_path)
+    write_all(tmp_path, ("positive", "negative"))
+    after = files(tmp_path)
+    assert after["reference-00000.parquet"] == before["reference-00000.parquet"]
+    assert read_manifest(tmp_path)["teacher_weights"] == WEIGHTS
+    assert read(tmp_path).lookup("pair-0")
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_a_run_with_another_fingerprint_stops_with_its_name(tmp_path: Path, name: str) -> None:
+    write_all(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(InputError) as reading:
+        read(tmp_path, fingerprints={**PRINTS, name: "another"})
+    with pytest.raises(InputError) as writing:
+        writer(tmp_path, fingerprints={**PRINTS, name: "another"})
+    for error in (reading.value, writing.value):
+        assert error.place == f"{tmp_path}/manifest.json, {name}"
+        assert error.found == PRINTS[name]
+        assert "another" in error.expected
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("role", WEIGHTS)
+def test_a_run_with_another_teacher_stops_with_the_role(tmp_path: Path, role: str) -> None:
+    write_all(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=rf"teacher_weights\.{role}: found weights of {role}; expected another"):
+        read(tmp_path, teacher_weights={**WEIGHTS, role: "another"})
+    with pytest.raises(InputError, match=rf"teacher_weights\.{role}: found weights of {role}; expected another"):
+        writer(tmp_path, teacher_weights={role: "another"})
+    assert files(tmp_path) == before
+
+
+def test_a_run_without_the_teachers_weights_can_read_the_cache(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    assert len(read(tmp_path, teacher_weights={})) == N_PAIRS
+
+
+@pytest.mark.parametrize("changed", [{"n_pairs": 8}, {"pairs_per_shard": 2}], ids=["pairs", "pairs_per_shard"])
+def test_a_job_that_cuts_shards_in_another_way_does_not_touch_the_cache(tmp_path: Path, changed: dict) -> None:
+    write_all(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=next(iter(changed)).removeprefix("n_")):
+        writer(tmp_path, **changed)
+    assert files(tmp_path) == before
+
+
+def test_no_cache_at_all_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no manifest\.json.*tools/score\.py"):
+        read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[1]", '{"format": 99}'])
+def test_a_manifest_of_another_format_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        read(tmp_path)
+
+
+def test_a_role_that_was_never_scored_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path, ("reference", "positive"))
+    with pytest.raises(InputError) as error:
+        read(tmp_path)
+    assert error.value.found == "roles ['positive', 'reference']"
+    assert error.value.expected == "negative"
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    (tmp_path / "positive-00001.parquet").unlink()
+    with pytest.raises(InputError, match=r"no positive-00001\.parquet.*finish scoring"):
+        read(tmp_path)
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "negative-00002.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"negative-00002\.parquet"):
+        read(tmp_path)
+
+
+def test_a_pair_that_was_not_scored_is_named(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    with pytest.raises(InputError, match="reference: found no pair 'pair-99'"):
+        read(tmp_path).lookup("pair-99")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_is_never_written(tmp_path: Path, value: float) -> None:
+    cache = writer(tmp_path)
+    cache.begin()
+    bad = PairScores("pair-1", np.array([-1.0], np.float32), np.array([-1.0, -2.0, value], np.float32))
+    with pytest.raises(InputError, match=r"positive, pair 'pair-1', rejected, span 2: found .*finite"):
+        cache.write("positive", 0, [scores("positive")[0], bad])
+    assert set(files(tmp_path)) == {"manifest.json"}
+
+
+def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "negative-00001.parquet"
+    table = pq.read_table(path)
+    chosen = table["chosen"].to_pylist()
+    chosen[1][0] = math.nan
+    pq.write_table(table.set_column(1, "chosen", [chosen]).cast(table.schema), path)
+    cache = read(tmp_path)
+    assert cache.lookup("pair-3")
+    with pytest.raises(InputError, match="negative, pair 'pair-4', chosen, span 0: found nan"):
+        cache.lookup("pair-4")
+
+
+def test_a_write_that_fails_midway_leaves_nothing_that_looks_like_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = writer(tmp_path)
+    cache.begin()
+    write_shard(cache, "reference", 0)
+    before = files(tmp_path)
+
+    def disk_full(table: Any, path: Path) -> None:
+        path.write_bytes(b"PAR1 half a shard")
+        # While it is being written it is there under another name.
+        assert not (tmp_path / "reference-00001.parquet").exists()
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", disk_full)
+        with pytest.raises(OSError, match="no space left"):
+            write_shard(cache, "reference", 1)
+    assert files(tmp_path) == before
+    assert cache.missing(["reference"]) == [1, 2]
+
+
+def test_what_a_killed_writer_left_behind_counts_for_nothing(tmp_path: Path) -> None:
+    cache = writer(tmp_path)
+    cache.begin()
+    (tmp_path / "reference-00000.parquet.writing-4711").write_bytes(b"PAR1 half a shard")
+    assert writer(tmp_path).missing(["reference"]) == [0, 1, 2]
+
+
+def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_all(tmp_path, ("reference",))
+    before = files(tmp_path)
+
+    def cut_off(self: Path, text: str) -> None:
+        self.write_bytes(text.encode()[:10])
+        raise OSError("killed")
+
+    adding = writer(tmp_path, ("positive", "negative"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", cut_off)
+        with pytest.raises(OSError, match="killed"):
+            adding.begin()
+    assert files(tmp_path) == before
+    assert json.loads(before["manifest.json"])["teacher_weights"] == {"reference": WEIGHTS["reference"]}
