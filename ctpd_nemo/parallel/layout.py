@@ -83,11 +83,23 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+# The sizes that Megatron's groups were made with; like those groups, one for the process.
+_current: dict[str, dict[str, int | None]] = {}
+
+
+def _destroy_groups() -> None:
+    """Free the groups of an earlier layout, which Megatron-Core (0.16.1) only forgets: each holds threads or buffers."""
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
 def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     """Build the process groups of a layout and seed the random states of every rank.
 
-    The default group is made once a process; a later call with another layout replaces Megatron's groups only, so that
-    stages of different layouts follow each other in one job.
+    The default group is made once a process. A later call with the same layout keeps all groups; one with another layout
+    replaces Megatron's, so that stages of different layouts follow each other in one job.
 
     Raises:
         InputError: The sizes cannot make a layout of the processes there are.
@@ -103,15 +115,16 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=parallel.timeout_minutes,
-        create_gloo_process_groups=not on_cpu,
-    )
+    sizes = {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
+        "context_parallel_size": parallel.context,
+        "distributed_timeout_minutes": parallel.timeout_minutes,
+    }
+    if _current.get("sizes") != sizes:
+        _destroy_groups()
+        parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=not on_cpu)
+        _current["sizes"] = sizes
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

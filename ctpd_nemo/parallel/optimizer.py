@@ -49,6 +49,8 @@ class OptimConfig:
             raise InputError("optim.lr", f"{self.lr} with optim.min_lr {self.min_lr}", "lr >= min_lr >= 0")
         if not 0 <= self.warmup_fraction < 1:
             raise InputError("optim.warmup_fraction", str(self.warmup_fraction), "a share from 0 to below 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError("optim.betas", str(list(self.betas)), "two rates from 0 to below 1")
 
 
 def wrap_data_parallel(chunks: list[GPTModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:

@@ -1,11 +1,12 @@
 """From Hydra's config to the typed one, with errors that name the key."""
 
 import difflib
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
@@ -14,7 +15,7 @@ from ctpd_nemo.models.methods import METHOD_CONFIGS
 T = TypeVar("T")
 
 
-def typed(config_class: type[T], values: DictConfig, place: str = "") -> T:
+def typed(config_class: type[T], values: DictConfig | Mapping[str, Any], place: str = "") -> T:
     """An instance of a config dataclass from Hydra's values.
 
     Args:
@@ -23,25 +24,44 @@ def typed(config_class: type[T], values: DictConfig, place: str = "") -> T:
         place: The key that ``values`` stand under, to name keys in full.
 
     Raises:
-        InputError: An unknown key (with the nearest known one), a value of another type, or a missing value.
+        InputError: An unknown key (with the nearest known one), or a value of another type.
     """
+    config = OmegaConf.structured(config_class)
+    _fill(config, _plain(values), place)
+    return OmegaConf.to_object(config)  # type: ignore[return-value]
+
+
+def _fill(section: DictConfig, values: Mapping[str, Any], place: str) -> None:
+    """Set the keys of a typed section one by one, so that an error can say which it was."""
+    types = {field.name: field.type for field in fields(OmegaConf.get_type(section))}  # type: ignore[arg-type]
+    for name, value in values.items():
+        key = f"{place}.{name}" if place else str(name)
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, n=1)
+            expected = f"{near[0]!r}?" if near else "one of " + ", ".join(types)
+            raise InputError(key, "a key that is not known", expected)
+        if is_dataclass(types[name]):
+            if not isinstance(value, Mapping):
+                raise InputError(key, repr(value), "keys and their values")
+            _fill(section[name], value, key)
+            continue
+        try:
+            section[name] = value
+        except OmegaConfBaseException as error:
+            expected_type = types[name]
+            expected = expected_type.__name__ if isinstance(expected_type, type) else str(expected_type)
+            raise InputError(key, repr(value), f"a value of type {expected}") from error
+
+
+def _plain(config: Any) -> Any:
+    """The same as dictionaries and lists, with every ``${...}`` filled in."""
+    if not OmegaConf.is_config(config):
+        return config
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), values))  # type: ignore[return-value]
-    except ConfigKeyError as error:
-        key = str(error.full_key or error.key)
-        known = [field.name for field in fields(error.object_type or config_class)]  # type: ignore[arg-type]
-        near = difflib.get_close_matches(key.rsplit(".", 1)[-1], known, n=1)
-        expected = f"{near[0]!r}?" if near else "one of " + ", ".join(known)
-        raise InputError(_join(place, key), "a key that is not known", expected) from error
-    except MissingMandatoryValue as error:
-        raise InputError(_join(place, str(error.full_key)), "nothing", "a value") from error
+        return OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        message = (error.msg or str(error)).splitlines()[0]
-        raise InputError(_join(place, str(error.full_key)), message, "a value of the key's type") from error
-
-
-def _join(place: str, key: str) -> str:
-    return f"{place}.{key}" if place else key
+        message = str(error.msg or error).splitlines()[0]
+        raise InputError(str(error.full_key), message, "a value") from error
 
 
 def run_config(config: DictConfig) -> RunConfig:
@@ -50,10 +70,9 @@ def run_config(config: DictConfig) -> RunConfig:
     Raises:
         InputError: A key or value cannot be used, or the method is not known.
     """
-    values = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(values, dict)
+    values = _plain(config)
     method = typed_method(values.pop("method", None))
-    run = typed(RunConfig, OmegaConf.create({**values, "method": None}))
+    run = typed(RunConfig, {**values, "method": None})
     run.method = method
     return run
 
@@ -65,9 +84,9 @@ def typed_method(values: Any) -> Any:
         InputError: No such method, or a key or value it does not know.
     """
     name = values.get("name") if isinstance(values, dict) else None
-    if name not in METHOD_CONFIGS:
+    if not isinstance(name, str) or name not in METHOD_CONFIGS:
         raise InputError("method.name", repr(name), "one of " + ", ".join(METHOD_CONFIGS))
-    method = typed(METHOD_CONFIGS[name], OmegaConf.create(values), place="method")
+    method = typed(METHOD_CONFIGS[name], values, place="method")
     if hasattr(method, "check"):
         method.check()
     return method

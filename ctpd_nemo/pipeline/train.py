@@ -16,6 +16,7 @@ from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.trainer import build_trainer
 
+
 def train(run: RunConfig) -> Path:
     """Train by ``run.method`` and return the newest checkpoint.
 

@@ -114,16 +114,15 @@ def place_ends(
     ids = np.fromiter(chain.from_iterable(rows), np.int64, first_token[-1])
 
     ends, misspelled = _spelled_ends(ids, first_token, encoded, first_byte, reader.pieces)
-    if misspelled:
-        offsets = reader.offsets([texts[index] for index in misspelled])
-        for index, text_offsets in zip(misspelled, offsets, strict=True):
-            data, own = encoded[index], slice(first_token[index], first_token[index + 1])
-            own_ends = _gapped_ends(data, ids[own], reader.pieces)
-            if own_ends is None and reader.offsets_drift(texts[index]):
-                own_ends = np.full(len(ids[own]), len(data))
-            elif own_ends is None:
-                own_ends = traced_ends(data, ids[own], text_offsets, reader.pieces)
-            ends[own] = first_byte[index] + own_ends
+    offsets = reader.offsets([texts[index] for index in misspelled]) if misspelled else []
+    for index, text_offsets in zip(misspelled, offsets, strict=True):
+        data, own = encoded[index], slice(first_token[index], first_token[index + 1])
+        own_ends = _gapped_ends(data, ids[own], reader.pieces)
+        if own_ends is None and reader.offsets_drift(texts[index]):
+            own_ends = np.full(own.stop - own.start, len(data))
+        elif own_ends is None:
+            own_ends = traced_ends(data, ids[own], text_offsets, reader.pieces)
+        ends[own] = first_byte[index] + own_ends
     return TokenEnds(ids, ends, first_token, first_byte)
 
 

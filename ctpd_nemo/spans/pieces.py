@@ -13,6 +13,9 @@ from tokenizers import Tokenizer
 
 from ctpd_nemo.spans.text_backend import JsonDict, components
 
+# What an id of unknown bytes spells: a byte that UTF-8 never uses, so that no text is ever spelled with it.
+UNKNOWN_BYTES = b"\xff"
+
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -23,7 +26,8 @@ class PieceTable:
     Attributes:
         buffer: uint8, the bytes of all pieces in id order.
         starts: int64 [n_ids], where each id's bytes begin in ``buffer``.
-        lengths: int64 [n_ids], how many bytes each id stands for; 0 where that is not known (unknown token, gap).
+        lengths: int64 [n_ids], how many bytes each id stands for, at least 1; an id whose bytes are not known (the
+            unknown token, a gap) stands for ``UNKNOWN_BYTES``.
         dropped_bytes: the bytes that a byte-level model has no token for, not even an unknown one; it skips them.
     """
 
@@ -51,11 +55,12 @@ def piece_table(backend: Tokenizer, spec: JsonDict) -> PieceTable:
     unknown = {token["id"] for token in spec["added_tokens"] if token["special"]}
     unknown.add(_unknown_token_id(backend, spec))
 
-    pieces = [b""] * (max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
+    pieces = [UNKNOWN_BYTES] * (max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1)
     for piece, index in backend.get_vocab(with_added_tokens=False).items():
         if index not in unknown:
             text = _without_affixes(piece, spec["model"])
-            pieces[index] = _byte_level_bytes(text) if byte_level else _text_bytes(text, spec["model"], meta_symbol)
+            known = _byte_level_bytes(text) if byte_level else _text_bytes(text, spec["model"], meta_symbol)
+            pieces[index] = known or UNKNOWN_BYTES
     for index, content in added.items():
         pieces[index] = content
 

@@ -29,8 +29,8 @@ HEADERS = (
 # No sequence is longer on either side, and of each pair one sequence is longer than half of it: padded, with room for
 # two longest sequences, a microbatch then holds one pair.
 MAX_LENGTH = 66
-# Three steps of 5, 5 and 1 pairs.
-NUM_PAIRS = 11
+# Two steps: of 5 pairs, which two ranks cannot share equally, and of 1, which leaves nothing for the second.
+NUM_PAIRS = 6
 GLOBAL_BATCH = 5
 
 _SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}

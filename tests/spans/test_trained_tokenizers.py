@@ -67,6 +67,16 @@ def test_any_text_is_covered_in_order_by_every_pair(trained, texts):
                 assert len(ids) == 0 or set(span.tolist()) == set(range(spans.n_spans))
 
 
+def test_a_dummy_prefix_that_is_unknown_itself_closes_with_what_follows():
+    tokenizer = Tokenizer(models.BPE(vocab={"<unk>": 0, "a": 1, "b": 2}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    spans = align_batch(["b", "ab", "ab"], letters, letters)[1]
+    assert spans.teacher_ids.tolist() == [0, 1, 2]
+    assert spans.teacher_span.tolist() == [0, 0, 1]
+    assert spans.bounds.tolist() == [0, 1, 2]
+
+
 def test_byte_level_tokenizer_that_drops_bytes_is_cut_behind_the_bytes_it_kept():
     """A vocabulary without an initial alphabet has no token for bytes it never saw, and skips them in silence."""
     tokenizer = Tokenizer(models.BPE())

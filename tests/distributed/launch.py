@@ -1,0 +1,64 @@
+"""Start the processes of a job, and leave none behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+
+_ROOT = Path(__file__).resolve().parents[2]
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+class LaunchError(AssertionError):
+    """A job that failed or did not end; the message has the end of its standard error."""
+
+
+def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> int:
+    """Run ``worker`` on a file of jobs: one process by itself, several under ``torchrun``.
+
+    Returns:
+        The exit status; negative the signal that ended it.
+
+    Raises:
+        LaunchError: It was not done in time.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONFAULTHANDLER": "1"}
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, str(_WORKER), str(jobs_file)],
+            env=environment,
+            stdout=errors,
+            stderr=errors,
+        )
+        try:
+            status = process.wait(timeout)
+        except BaseException as error:
+            _end(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise LaunchError(f"{jobs_file.name}: not done after {timeout:.0f} s\n{_tail(errors)}") from None
+            raise
+        jobs_file.with_suffix(".log").write_text(_tail(errors))
+        return status
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all below it, politely first; torchrun gives each worker a session of its own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, left = psutil.wait_procs(family, timeout=10)
+    for member in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def _tail(errors: "tempfile._TemporaryFileWrapper[bytes]", characters: int = 6000) -> str:
+    errors.seek(0)
+    return errors.read().decode(errors="replace")[-characters:]

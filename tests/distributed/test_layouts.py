@@ -1,0 +1,120 @@
+"""Loss, gradients, metrics and updates are those of plain PyTorch in one process, and those of one process in any layout.
+
+One process runs padded with one pair a microbatch; everything else runs packed unless its name says otherwise. Each
+job trains two steps: of 5 pairs and of 1.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from tests.distributed import plain
+from tests.distributed.conftest import Launches
+from tests.distributed.jobs import LAYOUTS, NUM_STEPS
+from tests.distributed.results import Observed, distance, exported, metric_distance, read
+
+TOLERANCE = 1e-5
+
+Plain = Callable[[str], plain.Trained]
+
+
+def _trained(*, processes: int | None = None) -> list:
+    """Layout and method of every training job, the slow ones marked."""
+    return [
+        pytest.param(name, method, marks=[pytest.mark.slow] if layout.slow else [], id=f"{name}-{method}")
+        for name, layout in LAYOUTS.items()
+        for method in layout.methods
+        if method != "score" and layout.precision == "fp32" and processes in (None, layout.processes)
+    ]
+
+
+def job(launches: Launches, layout: str, method: str) -> Observed:
+    return read(launches.layout(layout) / method)
+
+
+def expected_metrics(trained: plain.Trained, method: str) -> list[dict[str, float]]:
+    """All metrics, but the accuracy where policy and reference are equal: every margin is zero but for rounding."""
+    at_reference = method in ("dpo", "dpo_reverse", "same")
+    return [
+        {name: value for name, value in metrics.items() if not (at_reference and step == 0 and name == "accuracy")}
+        for step, metrics in enumerate(trained.metrics)
+    ]
+
+
+@pytest.mark.parametrize(("layout", "method"), _trained())
+def test_every_step_has_the_metrics_of_plain_pytorch(
+    layout: str, method: str, launches: Launches, plain_run: Plain
+) -> None:
+    found = job(launches, layout, method)
+    assert metric_distance(found.metrics, expected_metrics(plain_run(method), method)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "method"), _trained())
+def test_gradients_are_those_of_plain_pytorch(layout: str, method: str, launches: Launches, plain_run: Plain) -> None:
+    found = job(launches, layout, method)
+    for step in range(NUM_STEPS):
+        assert distance(found.gradients[step], plain_run(method).gradients[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "method"), _trained())
+def test_weights_after_two_steps_are_those_of_plain_adamw(
+    layout: str, method: str, launches: Launches, plain_run: Plain
+) -> None:
+    found = exported(launches.layout(layout) / method / "export")
+    assert distance(found, plain_run(method).weights) < TOLERANCE
+
+
+@pytest.mark.parametrize(("layout", "method"), _trained())
+def test_loss_and_gradients_are_those_of_one_process(layout: str, method: str, launches: Launches) -> None:
+    found, one = job(launches, layout, method), job(launches, "one", method)
+    losses = [[{"loss": row["loss"]} for row in run.metrics] for run in (found, one)]
+    assert metric_distance(*losses) < TOLERANCE
+    for step in range(NUM_STEPS):
+        assert distance(found.gradients[step], one.gradients[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["one", "one-packed", "tp2", "pp2", "dp2", "tp2pp2"])
+def test_cached_and_online_teachers_give_the_same_step(layout: str, launches: Launches) -> None:
+    cached, online = job(launches, layout, "ctpd"), job(launches, layout, "online")
+    names = ("loss", "margin", "reward_chosen", "reward_rejected", "grad_norm")
+    rows = [[{name: row[name] for name in names} for row in run.metrics] for run in (cached, online)]
+    assert metric_distance(*rows) < TOLERANCE
+    for step in range(NUM_STEPS):
+        assert distance(cached.gradients[step], online.gradients[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("layout", "method"), [case for case in _trained() if case.values[1] in ("dpo", "dpo_reverse", "same")]
+)
+def test_first_loss_is_ln_2_where_the_policy_is_its_reference(layout: str, method: str, launches: Launches) -> None:
+    first = job(launches, layout, method).metrics[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_first_loss_is_ln_2_in_bf16(launches: Launches) -> None:
+    rows = read(launches.layout("one-bf16") / "dpo").metrics
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_bf16_stays_near_fp32(launches: Launches, plain_run: Plain) -> None:
+    found, expected = job(launches, "one-bf16", "online"), plain_run("ctpd")
+    assert found.metrics[0]["loss"] == pytest.approx(expected.metrics[0]["loss"], rel=2e-2)
+    assert distance(found.gradients[0], expected.gradients[0]) < 0.1
+
+
+def test_padded_runs_hold_one_pair_a_microbatch_and_packed_ones_more(launches: Launches) -> None:
+    assert job(launches, "one", "ctpd").microbatches == [[[[0], [1], [2], [3], [4]], [[5]]]] or [
+        sorted(rows) for rows in job(launches, "one", "ctpd").microbatches[0][0]
+    ]
+    assert max(map(len, job(launches, "one-packed", "dpo").microbatches[0][0])) > 1
+
+
+def test_data_parallel_ranks_share_an_odd_number_of_pairs_and_then_a_single_one(launches: Launches) -> None:
+    first, second = job(launches, "dp2", "ctpd").microbatches
+    pairs = [sorted(row for microbatch in rank[0] for row in microbatch) for rank in (first, second)]
+    assert sorted(map(len, pairs)) == [2, 3]
+    assert sorted(pairs[0] + pairs[1]) == [0, 1, 2, 3, 4]
+    assert len(first[0]) == len(second[0]), "ranks step together"
+    assert sorted([first[1], second[1]]) == [[[]], [[5]]]
