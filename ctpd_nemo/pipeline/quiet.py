@@ -39,8 +39,11 @@ def before_imports() -> None:
 def after_imports() -> None:
     """Once more: NeMo and Lightning set the levels of their own loggers when they are imported."""
     from nemo.utils import logging as nemo_logging
+    from nv_one_logger.api.one_logger_provider import OneLoggerProvider
     from transformers.utils import logging as transformers_logging
 
+    # NeMo's telemetry counts on one training a process, and writes its complaints to the working folder.
+    OneLoggerProvider.instance().force_disable_logging()
     nemo_logging.setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     # A bar for every read and write of a few tensors.

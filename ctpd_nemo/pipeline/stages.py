@@ -103,6 +103,9 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     for name in config.only or ():
         if config.stages.get(name) is None:
             raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
+    # What the libraries hold lives as long as the process, and Megatron-Core searches it for garbage at every checkpoint.
+    gc.collect()
+    gc.freeze()
     initialize(ParallelConfig())
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}

@@ -56,8 +56,7 @@ class Launches:
             file = self.home / f"{name}.json"
             file.write_text(json.dumps(make_jobs()))
             self.outcomes[name] = "did not end"
-            found = launch(processes, file)
-            log = file.with_suffix(".log").read_text()
+            found, log = launch(processes, file)
             self.outcomes[name] = None if found == status else f"{name}: exit status {found}, not {status}\n{log}"
         if self.outcomes[name]:
             pytest.fail(str(self.outcomes[name]), pytrace=False)

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -18,11 +17,11 @@ class LaunchError(AssertionError):
     """A job that failed or did not end; the message has the end of its standard error."""
 
 
-def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> int:
+def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> tuple[int, str]:
     """Run ``worker`` on a file of jobs: one process by itself, several under ``torchrun``.
 
     Returns:
-        The exit status; negative the signal that ended it.
+        The exit status, negative the signal that ended it; the end of what was printed.
 
     Raises:
         LaunchError: It was not done in time.
@@ -30,22 +29,22 @@ def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> int:
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONFAULTHANDLER": "1"}
-    with tempfile.TemporaryFile() as errors:
+    log = jobs_file.with_suffix(".log")
+    with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *torchrun, str(_WORKER), str(jobs_file)],
             env=environment,
-            stdout=errors,
-            stderr=errors,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         try:
             status = process.wait(timeout)
         except BaseException as error:
             _end(process)
             if isinstance(error, subprocess.TimeoutExpired):
-                raise LaunchError(f"{jobs_file.name}: not done after {timeout:.0f} s\n{_tail(errors)}") from None
+                raise LaunchError(f"{jobs_file.name}: not done after {timeout:.0f} s\n{_tail(log)}") from None
             raise
-        jobs_file.with_suffix(".log").write_text(_tail(errors))
-        return status
+    return status, _tail(log)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -59,6 +58,5 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _tail(errors: "tempfile._TemporaryFileWrapper[bytes]", characters: int = 6000) -> str:
-    errors.seek(0)
-    return errors.read().decode(errors="replace")[-characters:]
+def _tail(log: Path, characters: int = 10_000) -> str:
+    return log.read_text(errors="replace")[-characters:]

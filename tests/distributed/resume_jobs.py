@@ -35,7 +35,7 @@ def _training(home: Path, folder: str, layout: str, **observed: Any) -> dict[str
 
 
 def cut_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
-    """Each layout trained to its end, and cut off in its third step: by an error, or where it is alone by SIGKILL."""
+    """Each layout trained to its end, and cut off after two steps; where it is alone, by SIGKILL in the third."""
     jobs = [_training(home, f"{name}-whole", name, export=True) for name in CUT[processes]]
     how = "kill" if processes == 1 else "stop"
     return jobs + [_training(home, f"{name}-cut", name, **{how: CHECKPOINT}) for name in CUT[processes]]

@@ -5,8 +5,8 @@ Argument: a JSON file with a list of jobs, each a dict of
 - ``run``: the values of a ``RunConfig``; ``run_dir`` is where everything goes.
 - ``gradients``: after which steps (from 0) this rank's share of the gradients is written down.
 - ``weights``: before which steps its share of the weights is.
-- ``stop``: before which optimizer step the job ends with an error, as one that is interrupted does; ``kill``: likewise,
-  with SIGKILL.
+- ``stop``: how many steps are done of those that the run was planned for; ``kill``: likewise, and the processes end by
+  SIGKILL in the middle of the next.
 - ``export``: whether the newest checkpoint is exported to ``run_dir/export``.
 
 Every rank writes ``run_dir/observed-<rank>.pt``: ``microbatches``, a list of the dataset rows in each microbatch for
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from omegaconf import OmegaConf
@@ -36,16 +37,12 @@ from ctpd_nemo.convert.load import chunk_parameters
 from ctpd_nemo.models import base
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.pipeline import quiet
+from ctpd_nemo.pipeline import train as train_module
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
-from ctpd_nemo.pipeline.train import train
 
 Blocks = list[tuple[str, tuple[int, int], tuple[int, int] | None, Tensor]]
-
-
-class Interrupted(Exception):
-    """The end of a job that was to be stopped."""
 
 
 class Observer:
@@ -67,8 +64,6 @@ class Observer:
                 self.weights[step] = self.shares(chunks, lambda parameter: parameter.data)
             self.microbatches.append([microbatch.pair_index.tolist() for microbatch in microbatches])
             result = run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
-            if step == self.job.get("stop"):
-                raise Interrupted
             if step == self.job.get("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if step in self.job.get("gradients", []):
@@ -105,14 +100,29 @@ def gather_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
                     dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
+class Stop(Callback):
+    """Ends training after some of its steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.steps:
+            trainer.should_stop = True
+
+
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    real = base.run_microbatches
-    base.run_microbatches = observer.wrap(real)
+    run_microbatches, build_trainer = base.run_microbatches, train_module.build_trainer
+
+    def with_stop(run: RunConfig, total_steps: int, callbacks: list[Callback]) -> Trainer:
+        return build_trainer(run, total_steps, [*callbacks, Stop(observer.job.get("stop", total_steps))])
+
+    base.run_microbatches, train_module.build_trainer = observer.wrap(run_microbatches), with_stop
     try:
         yield
     finally:
-        base.run_microbatches = real
+        base.run_microbatches, train_module.build_trainer = run_microbatches, build_trainer
 
 
 def do(job: dict[str, Any]) -> None:
@@ -122,14 +132,10 @@ def do(job: dict[str, Any]) -> None:
         return
     observer = Observer(job, run)
     with observing(observer):
-        try:
-            checkpoint = train(run)
-        except Interrupted:
-            checkpoint = None
+        checkpoint = train_module.train(run)
     observed = {name: getattr(observer, name) for name in ("microbatches", "gradients", "weights")}
     torch.save(observed, Path(run.run_dir) / f"observed-{dist.get_rank()}.pt")
     if job.get("export"):
-        assert checkpoint is not None
         export(ExportConfig(str(checkpoint), run.policy_side().path, f"{run.run_dir}/export"))
 
 

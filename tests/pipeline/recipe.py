@@ -30,11 +30,12 @@ def recipe(world: TinyWorld, run_dir: Path) -> list[str]:
         "data.microbatch_tokens=256",
         "data.global_batch_size=8",
         "data.num_workers=0",
-        "trainer.checkpoint_every=1",
-        "trainer.keep_checkpoints=3",
         *(f"stages.{name}.optim.lr=2e-3" for name in ("sft_teacher", "sft_student")),
         *(f"stages.{name}.optim.lr=5e-4" for name in ("dpo_positive", "dpo_negative", "ctpd")),
+        # Adam divides by the gradient's size: what is rounding alone would be blown up where a smaller epsilon let it.
+        "optim.eps=1e-4",
         "stages.dpo_student={method:{name:dpo,beta:0.1},optim:{lr:5e-4}}",
+        "+stages.ctpd.trainer={checkpoint_every:1,keep_checkpoints:3}",
         "+stages.score.method.pairs_per_shard=10",
     ]
 

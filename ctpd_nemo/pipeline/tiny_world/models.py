@@ -19,7 +19,8 @@ _HEADS = 4
 _QUERY_GROUPS = 2
 _MAX_POSITIONS = 512
 
-# With the usual 0.02, narrow models waste their first hundreds of steps: attention starts out nearly uniform.
+# Narrow models learn faster from larger first weights than the 0.02 of transformers: after 400 SFT steps of 64 pairs at
+# 4e-3, the default student answers 65% of 300 test prompts with 0.06, and 49% with 0.02 (one run each).
 _INITIAL_STD = 0.06
 
 

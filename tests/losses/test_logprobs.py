@@ -1,0 +1,183 @@
+"""Token log-probs against ``log_softmax`` of the whole logits in fp64: values, and gradients of hidden states and weight."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctpd_nemo.losses import logprobs
+from ctpd_nemo.losses.logprobs import token_logprobs
+
+VOCAB, HIDDEN, TOKENS = 37, 12, 23
+
+
+def case(tokens: int = TOKENS, rows: int = VOCAB, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """fp32 hidden states, weight of ``rows`` rows, labels in the vocabulary, and a gradient of the log-probs."""
+    draw = torch.Generator().manual_seed(seed)
+    hidden = scale * torch.randn(tokens, HIDDEN, generator=draw)
+    weight = torch.randn(rows, HIDDEN, generator=draw)
+    labels = torch.randint(0, VOCAB, (tokens,), generator=draw)
+    return hidden, weight, labels, torch.randn(tokens, generator=draw)
+
+
+def whole(hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, gradient of hidden, gradient of weight; padding rows of the weight get none."""
+    hidden, weight = (x.double().detach().requires_grad_() for x in (hidden, weight))
+    value = torch.log_softmax(hidden @ weight[:VOCAB].T, dim=1).gather(1, labels[:, None]).squeeze(1)
+    value.backward(grad.double())
+    return value.detach(), hidden.grad, weight.grad
+
+
+def chunked(hidden: Tensor, weight: Tensor, labels: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    value = token_logprobs(hidden, weight, labels, VOCAB)
+    assert value.dtype == torch.float32
+    value.backward(grad)
+    assert (hidden.grad.dtype, weight.grad.dtype) == (hidden.dtype, weight.dtype)
+    return value.detach(), hidden.grad, weight.grad
+
+
+def distance(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture(params=[1, VOCAB * 5, VOCAB * TOKENS, 2**24], ids=["1 a chunk", "5 a chunk", "all", "default"])
+def chunk_logits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 6], ids=["exact", "padded"])
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["plain", "peaked"])
+def test_value_and_gradients_are_those_of_log_softmax_in_fp64(chunk_logits: int, rows: int, scale: float) -> None:
+    inputs = case(rows=rows, scale=scale)
+    for found, expected in zip(chunked(*inputs), whole(*inputs), strict=True):
+        assert distance(found, expected) < 1e-6
+
+
+def test_rows_that_pad_the_vocabulary_get_no_gradient_however_large_they_are() -> None:
+    hidden, weight, labels, grad = case(rows=VOCAB + 6)
+    weight[VOCAB:] = 100.0
+    value, grad_hidden, grad_weight = chunked(hidden, weight, labels, grad)
+    assert not grad_weight[VOCAB:].any()
+    expected = whole(hidden, weight, labels, grad)
+    assert distance(value, expected[0]) < 1e-6
+    assert distance(grad_hidden, expected[1]) < 1e-6
+
+
+def test_logits_of_at_most_one_chunk_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 4 * VOCAB + 3)
+    sizes: list[int] = []
+    real = logprobs._logits
+
+    def recorded(hidden: Tensor, weight: Tensor, real_rows: int) -> Tensor:
+        logits = real(hidden, weight, real_rows)
+        sizes.append(logits.numel())
+        return logits
+
+    monkeypatch.setattr(logprobs, "_logits", recorded)
+    chunked(*case())
+    assert len(sizes) == 2 * 6, "23 tokens, 4 a chunk, forward and again backward"
+    assert max(sizes) <= 4 * VOCAB
+
+
+def test_no_tokens_have_no_log_probs_and_zero_gradients() -> None:
+    value, grad_hidden, grad_weight = chunked(*case(tokens=0))
+    assert value.shape == (0,)
+    assert grad_hidden.shape == (0, HIDDEN)
+    assert grad_weight.shape == (VOCAB, HIDDEN)
+    assert not grad_weight.any()
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, labels, grad = case(scale=3000.0)
+    found, expected = chunked(hidden, weight, labels, grad), whole(hidden, weight, labels, grad)
+    assert all(tensor.isfinite().all() for tensor in found)
+    assert distance(found[0], expected[0]) < 1e-6
+
+
+def test_bf16_inputs_are_off_by_the_rounding_of_bf16_logits(chunk_logits: int) -> None:
+    hidden, weight, labels, grad = case()
+    inputs = hidden.bfloat16(), weight.bfloat16(), labels, grad
+    found, expected = chunked(*inputs), whole(*inputs)
+    # 8 bits of mantissa: a logit is off by at most 2**-9 of itself.
+    largest = float((inputs[0].double() @ inputs[1].double().T).abs().max())
+    assert float((found[0].double() - expected[0]).abs().max()) < 2 * 2**-9 * largest
+    for gradient, truth in zip(found[1:], expected[1:], strict=True):
+        assert distance(gradient, truth) < 0.02
+
+
+def test_gradients_are_the_derivatives_of_the_value() -> None:
+    """Central differences of the value itself, which is fp32: a step of 0.1 leaves an error of about 1e-4."""
+    hidden, weight, labels, grad = case(tokens=5)
+    _, grad_hidden, grad_weight = chunked(hidden, weight, labels, grad)
+    draw = torch.Generator().manual_seed(1)
+    for moved, gradient in ((hidden, grad_hidden), (weight, grad_weight)):
+        direction = torch.randn(moved.shape, generator=draw)
+        direction /= direction.norm()
+        ends = []
+        for sign in (1, -1):
+            moved += sign * 0.05 * direction
+            ends.append(float((token_logprobs(hidden, weight, labels, VOCAB).double() * grad).sum()))
+            moved -= sign * 0.05 * direction
+        slope = (ends[0] - ends[1]) / 0.1
+        assert slope == pytest.approx(float((gradient * direction).sum()), abs=2e-3)
+
+
+def _rank(rank: int, world: int, rows: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    group = dist.group.WORLD
+    logprobs.CHUNK_LOGITS = 5 * rows
+    hidden, weight, labels, grad = case(rows=rows * world)
+    hidden.requires_grad_()
+    share = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+    value = token_logprobs(hidden, share, labels, VOCAB, group)
+    value.backward(grad)
+    torch.save((value.detach(), hidden.grad, share.grad), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def over_ranks(tmp_path: Path) -> Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]:
+    """``over_ranks(world, rows)``: what each rank computes with ``rows`` rows of the weight."""
+
+    def compute(world: int, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        context = multiprocessing.get_context("spawn")
+        ranks = [context.Process(target=_rank, args=(rank, world, rows, str(tmp_path)), daemon=True) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(120)
+        assert [process.exitcode for process in ranks] == [0] * world
+        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    ("world", "rows"),
+    [(2, 19), (3, 19)],
+    ids=["two ranks, one row of padding", "three ranks, of which one holds padding only"],
+)
+def test_vocabulary_parallel_log_probs_are_those_of_the_whole(
+    world: int, rows: int, over_ranks: Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]
+) -> None:
+    values, hidden_grads, weight_grads = zip(*over_ranks(world, rows), strict=True)
+    value, grad_hidden, grad_weight = whole(*case(rows=rows * world))
+    assert all(torch.equal(values[0], other) for other in values)
+    assert distance(values[0], value) < 1e-6
+    assert distance(sum(hidden_grads), grad_hidden) < 1e-6
+    assert distance(torch.cat(weight_grads), grad_weight) < 1e-6
+
+
+def test_one_process_needs_no_group() -> None:
+    assert "RANK" not in os.environ or not dist.is_initialized()
+    hidden, weight, labels, _ = case()
+    assert token_logprobs(hidden, weight, labels, VOCAB).shape == (TOKENS,)
