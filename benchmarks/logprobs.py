@@ -156,9 +156,10 @@ def main() -> None:
     print("| hidden | plain s | lean s | time lean/plain | plain MiB | lean MiB | memory lean/plain | gradient error |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
+        seconds_of = row["seconds"]
         mib = {name: value / 2**20 for name, value in row["peak_bytes"].items()}
         print(
-            f"| {row['hidden']} | {row['seconds']['plain']:.2f} | {row['seconds']['lean']:.2f} | {row['time_ratio']:.2f} "
+            f"| {row['hidden']} | {seconds_of['plain']:.2f} | {seconds_of['lean']:.2f} | {row['time_ratio']:.2f} "
             f"| {mib['plain']:,.0f} | {mib['lean']:,.0f} | {row['memory_ratio']:.3f} | {row['gradient_error']:.1e} |"
         )
 

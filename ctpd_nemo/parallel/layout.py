@@ -88,7 +88,7 @@ _current: dict[str, dict[str, int | None]] = {}
 
 
 def _destroy_groups() -> None:
-    """Free the groups of an earlier layout, which Megatron-Core (0.16.1) only forgets: each holds threads or buffers."""
+    """Free the groups of an earlier layout, which Megatron-Core 0.16.1 only forgets: each holds threads or buffers."""
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     for group in groups:
@@ -98,8 +98,8 @@ def _destroy_groups() -> None:
 def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     """Build the process groups of a layout and seed the random states of every rank.
 
-    The default group is made once a process. A later call with the same layout keeps all groups; one with another layout
-    replaces Megatron's, so that stages of different layouts follow each other in one job.
+    The default group is made once a process. A later call with the same layout keeps all groups; one with another
+    layout replaces Megatron's, so that stages of different layouts follow each other in one job.
 
     Raises:
         InputError: The sizes cannot make a layout of the processes there are.

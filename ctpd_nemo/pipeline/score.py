@@ -38,12 +38,13 @@ def score(run: RunConfig) -> Path:
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
     method.check()
+    cache = Path(str(method.cache))
     data = RunData(run, ("chosen", "rejected"), two_sided=run.policy == "student")
     for folder in method.folders().values():
         check_vocabulary(data.encoder.reference, read_architecture(folder).vocab_size, folder)
     initialize(run.parallel, run.seed)
     writer = ScoreWriter(
-        method.cache,
+        cache,
         score_fingerprints(data, run.precision.dtype),
         weights_fingerprints(method.folders()),
         len(data.train),
@@ -52,7 +53,7 @@ def score(run: RunConfig) -> Path:
     on_rank_0(writer.begin)
     # Asked once: all ranks must share out the same shards, and the first are soon written.
     missing = on_rank_0(lambda: writer.missing(method.folders()))
-    logger.info("%s: %d of %d shards to score", method.cache, len(missing), writer.n_shards)
+    logger.info("%s: %d of %d shards to score", cache, len(missing), writer.n_shards)
 
     def shards(dp_rank: int, dp_size: int) -> StepLoader:
         return _loader(data, method.pairs_per_shard, missing[dp_rank::dp_size])
@@ -65,9 +66,9 @@ def score(run: RunConfig) -> Path:
         trainer = build_trainer(run, total_steps=1)
         scorer = Scorer(run, method.folders(), shards, sink, trainer)
         trainer.predict(scorer, return_predictions=False)
-        logger.info("%s: scored %s", method.cache, sum_over_data_parallel(scorer.stats, local_device()))
+        logger.info("%s: scored %s", cache, sum_over_data_parallel(scorer.stats, local_device()))
     dist.barrier()
-    return Path(method.cache)
+    return cache
 
 
 def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int]) -> StepLoader:

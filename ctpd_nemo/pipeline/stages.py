@@ -5,6 +5,7 @@ whether it is complete. A complete stage whose fingerprint still holds is skippe
 newest checkpoint or shard. One whose inputs have changed is done again; what it had made is moved aside, not deleted.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -103,7 +104,7 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     for name in config.only or ():
         if config.stages.get(name) is None:
             raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
-    # What the libraries hold lives as long as the process, and Megatron-Core searches it for garbage at every checkpoint.
+    # What the libraries hold lives as long as the process; Megatron-Core searches it for garbage at every checkpoint.
     gc.collect()
     gc.freeze()
     initialize(ParallelConfig())
@@ -116,7 +117,7 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
         if not asked_for and not results.keys() >= set(stage.inputs.values()):
             continue
         run = stage_config(config, stage, results)
-        fingerprint = on_rank_0(lambda run=run, stage=stage: _fingerprint(run, stage, fingerprints))
+        fingerprint = on_rank_0(functools.partial(_fingerprint, run, stage, fingerprints))
         fingerprints[stage.name] = fingerprint
         if asked_for:
             results[stage.name] = _run_stage(stage, run, fingerprint)

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
+from lightning.pytorch.callbacks import LambdaCallback
+
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
@@ -36,14 +38,15 @@ def train(run: RunConfig) -> Path:
     checkpoints = folder / "checkpoints"
     newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))
     callbacks = [
+        LambdaCallback(
+            on_train_start=lambda trainer, _: _write_config(run, folder) if trainer.is_global_zero else None
+        ),
         DataReport(folder.name, ", ".join(run.data.train)),
         MetricLog(folder / "metrics.jsonl"),
         Checkpointing(checkpoints, run.trainer.checkpoint_every, run.trainer.keep_checkpoints),
     ]
     trainer = build_trainer(run, data.total_steps, callbacks)
     model = method.model(run, data, trainer)
-    if trainer.is_global_zero:
-        _write_config(run, folder)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     return find_checkpoints(checkpoints)[-1]
 

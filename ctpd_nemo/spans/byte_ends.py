@@ -21,6 +21,7 @@ token's end is larger.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -111,7 +112,8 @@ def place_ends(
     rows = [row if data else [] for row, data in zip(rows, encoded, strict=True)]
     first_token = list(accumulate(map(len, rows), initial=0))
     first_byte = list(accumulate(map(len, encoded), initial=0))
-    ids = np.fromiter(chain.from_iterable(rows), np.int64, first_token[-1])
+    # array("I") reads a list of Python integers twice as fast as NumPy does.
+    ids = np.frombuffer(array("I", list(chain.from_iterable(rows))), dtype=np.uintc).astype(np.int64)
 
     ends, misspelled = _spelled_ends(ids, first_token, encoded, first_byte, reader.pieces)
     offsets = reader.offsets([texts[index] for index in misspelled]) if misspelled else []

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from tests.distributed.conftest import Launches
-from tests.distributed.resume_jobs import CHECKPOINT, CONTINUED, CUT, STEPS, STORED
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
+from tests.distributed.resume_jobs import CHECKPOINT, CONTINUED, CUT, STEPS, STORED
 
 _TIMES = ("step_seconds", "tokens_per_second")
 AGAIN = [(source, target) for cases in CONTINUED.values() for source, target, _ in cases if target.endswith("again")]

@@ -38,7 +38,9 @@ def read_cache(folder: Path) -> Scores:
 def plain_scores(home: Path) -> Scores:
     rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
     return {
-        (role, row["id"], name): plain.span_scores(home / folder, home / "student", home / "teacher", row, name).double().numpy()
+        (role, row["id"], name): plain.span_scores(home / folder, home / "student", home / "teacher", row, name)
+        .double()
+        .numpy()
         for role, folder in ROLES.items()
         for row in rows
         for name in ("chosen", "rejected")

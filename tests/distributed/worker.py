@@ -56,7 +56,9 @@ class Observer:
         self.weights: dict[int, Blocks] = {}
 
     def wrap(self, run_microbatches: Callable[..., Any]) -> Callable[..., Any]:
-        def observed(chunks: Any, microbatches: Any, vocab_size: int, evaluate: Any, forward_only: bool, device: Any) -> Any:
+        def observed(
+            chunks: Any, microbatches: Any, vocab_size: int, evaluate: Any, forward_only: bool, device: Any
+        ) -> Any:
             if forward_only:
                 return run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
             step = len(self.microbatches)
@@ -75,7 +77,10 @@ class Observer:
 
     def shares(self, chunks: Sequence[DistributedDataParallel], values: Callable[[Any], Tensor]) -> Blocks:
         """This rank's parameters cut into blocks of Hugging Face tensors."""
-        rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+        rank, size = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_world_size(),
+        )
         blocks: Blocks = []
         for chunk in chunks:
             for name, parameter in chunk_parameters(chunk.module).items():

@@ -13,10 +13,44 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
-WORDS = (
-    "the a river mountain answers question seven twelve number because house walks green letter always sometimes "
-    "please explain write poem code returns value list of cities near sea and sky over under it's don't 42 307"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "mountain",
+    "answers",
+    "question",
+    "seven",
+    "twelve",
+    "number",
+    "because",
+    "house",
+    "walks",
+    "green",
+    "letter",
+    "always",
+    "sometimes",
+    "please",
+    "explain",
+    "write",
+    "poem",
+    "code",
+    "returns",
+    "value",
+    "list",
+    "of",
+    "cities",
+    "near",
+    "sea",
+    "and",
+    "sky",
+    "over",
+    "under",
+    "it's",
+    "don't",
+    "42",
+    "307",
+]
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -57,8 +91,12 @@ def train_bpe(corpus: list[str]) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator([*corpus, "system user assistant\n"], trainers.BpeTrainer(vocab_size=120, show_progress=False))
-    return _fast(backend, ["<|im_start|>", "<|im_end|>", "<|pad|>"], CHATML, eos_token="<|im_end|>", pad_token="<|pad|>")
+    backend.train_from_iterator(
+        [*corpus, "system user assistant\n"], trainers.BpeTrainer(vocab_size=120, show_progress=False)
+    )
+    return _fast(
+        backend, ["<|im_start|>", "<|im_end|>", "<|pad|>"], CHATML, eos_token="<|im_end|>", pad_token="<|pad|>"
+    )
 
 
 def train_unigram(corpus: list[str]) -> PreTrainedTokenizerFast:

@@ -1,8 +1,6 @@
 """Token log-probs against ``log_softmax`` of the whole logits in fp64: values, and gradients of hidden states and weight."""
 
 import multiprocessing
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,9 @@ from ctpd_nemo.losses.logprobs import token_logprobs
 VOCAB, HIDDEN, TOKENS = 37, 12, 23
 
 
-def case(tokens: int = TOKENS, rows: int = VOCAB, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def case(
+    tokens: int = TOKENS, rows: int = VOCAB, scale: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """fp32 hidden states, weight of ``rows`` rows, labels in the vocabulary, and a gradient of the log-probs."""
     draw = torch.Generator().manual_seed(seed)
     hidden = scale * torch.randn(tokens, HIDDEN, generator=draw)
@@ -129,55 +129,48 @@ def test_gradients_are_the_derivatives_of_the_value() -> None:
         assert slope == pytest.approx(float((gradient * direction).sum()), abs=2e-3)
 
 
-def _rank(rank: int, world: int, rows: int, folder: str) -> None:
+# Ranks and rows of each: one row of padding at the end of the second; a third rank that holds padding only.
+SHARED = ((2, 19), (3, 19))
+
+
+def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    group = dist.group.WORLD
-    logprobs.CHUNK_LOGITS = 5 * rows
-    hidden, weight, labels, grad = case(rows=rows * world)
-    hidden.requires_grad_()
-    share = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
-    value = token_logprobs(hidden, share, labels, VOCAB, group)
-    value.backward(grad)
-    torch.save((value.detach(), hidden.grad, share.grad), f"{folder}/{rank}.pt")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    logprobs.CHUNK_LOGITS = 5 * 19
+    for world, rows in SHARED:
+        group = dist.new_group(list(range(world)))
+        if rank < world:
+            hidden, weight, labels, grad = case(rows=rows * world)
+            hidden.requires_grad_()
+            share = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+            value = token_logprobs(hidden, share, labels, VOCAB, group)
+            value.backward(grad)
+            torch.save((value.detach(), hidden.grad, share.grad), f"{folder}/{world}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def over_ranks(tmp_path: Path) -> Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]:
-    """``over_ranks(world, rows)``: what each rank computes with ``rows`` rows of the weight."""
-
-    def compute(world: int, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        context = multiprocessing.get_context("spawn")
-        ranks = [context.Process(target=_rank, args=(rank, world, rows, str(tmp_path)), daemon=True) for rank in range(world)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-        assert [process.exitcode for process in ranks] == [0] * world
-        return [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-
-    return compute
+@pytest.fixture(scope="module")
+def over_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each of three processes computes; they start once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, str(folder)), daemon=True) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("world", "rows"),
-    [(2, 19), (3, 19)],
-    ids=["two ranks, one row of padding", "three ranks, of which one holds padding only"],
-)
-def test_vocabulary_parallel_log_probs_are_those_of_the_whole(
-    world: int, rows: int, over_ranks: Callable[[int, int], list[tuple[Tensor, Tensor, Tensor]]]
-) -> None:
-    values, hidden_grads, weight_grads = zip(*over_ranks(world, rows), strict=True)
+@pytest.mark.parametrize(("world", "rows"), SHARED, ids=["two ranks", "three ranks, one of padding only"])
+def test_vocabulary_parallel_log_probs_are_those_of_the_whole(world: int, rows: int, over_ranks: Path) -> None:
+    ranks = [torch.load(over_ranks / f"{world}-{rank}.pt") for rank in range(world)]
+    values, hidden_grads, weight_grads = zip(*ranks, strict=True)
     value, grad_hidden, grad_weight = whole(*case(rows=rows * world))
     assert all(torch.equal(values[0], other) for other in values)
     assert distance(values[0], value) < 1e-6
     assert distance(sum(hidden_grads), grad_hidden) < 1e-6
     assert distance(torch.cat(weight_grads), grad_weight) < 1e-6
-
-
-def test_one_process_needs_no_group() -> None:
-    assert "RANK" not in os.environ or not dist.is_initialized()
-    hidden, weight, labels, _ = case()
-    assert token_logprobs(hidden, weight, labels, VOCAB).shape == (TOKENS,)

@@ -118,7 +118,9 @@ def test_span_weight_is_the_exponential_of_the_clamped_ratio(sign: float, ratio:
 
 
 def test_clamp_limits_and_signs_can_be_given_span_by_span() -> None:
-    weights = span_weights(torch.tensor([0.0, 0.0, 5.0]), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 1.0, -2.0, 2.0)
+    weights = span_weights(
+        torch.tensor([0.0, 0.0, 5.0]), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 1.0, -2.0, 2.0
+    )
     assert weights.tolist() == pytest.approx([1.0, 1.0, math.exp(-2.0)], rel=1e-6)
 
 

@@ -1,0 +1,96 @@
+"""Packed attention against softmax attention written out, one sequence and one head at a time, in fp64."""
+
+import itertools
+
+import pytest
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from ctpd_nemo.parallel.attention import PackedAttention
+
+HEAD_DIM = 8
+
+
+def attention(
+    heads: int, groups: int, window: int | None = None, softmax_scale: float | None = None
+) -> PackedAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * HEAD_DIM,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        attention_dropout=0.0,
+        window_size=None if window is None else (window - 1, 0),
+    )
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=softmax_scale)
+
+
+def case(lengths: list[int], heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor, PackedSeqParams]:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(sum(lengths), n, HEAD_DIM, generator=draw) for n in (heads, groups, groups))
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
+    return query, key, value, packed
+
+
+def written_out(
+    query: Tensor, key: Tensor, value: Tensor, lengths: list[int], window: int | None, scale: float
+) -> Tensor:
+    out, start = torch.empty_like(query), 0
+    repeat = query.shape[1] // key.shape[1]
+    for length in lengths:
+        for head in range(query.shape[1]):
+            for at in range(start, start + length):
+                first = start if window is None else max(start, at - window + 1)
+                scores = key[first : at + 1, head // repeat] @ query[at, head] * scale
+                out[at, head] = torch.softmax(scores, 0) @ value[first : at + 1, head // repeat]
+        start += length
+    return out.flatten(1)
+
+
+@pytest.mark.parametrize("lengths", [[7], [1], [3, 1, 9, 2], [1, 1, 1], [5, 5]], ids=str)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_output_and_gradients_are_those_of_attention_written_out(
+    lengths: list[int], heads: int, groups: int, window: int | None
+) -> None:
+    *qkv, packed = case(lengths, heads, groups)
+    inputs = [x.clone().requires_grad_() for x in qkv]
+    found = attention(heads, groups, window)(*inputs, None, packed_seq_params=packed)
+    exact = [x.double().requires_grad_() for x in qkv]
+    expected = written_out(*exact, lengths, window, HEAD_DIM**-0.5)
+    assert found.shape == (sum(lengths), heads * HEAD_DIM)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for x, y in zip(inputs, exact, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_scale_can_be_given() -> None:
+    *qkv, packed = case([4, 3], 2, 1)
+    found = attention(2, 1, softmax_scale=0.7)(*qkv, None, packed_seq_params=packed)
+    expected = written_out(*(x.double() for x in qkv), [4, 3], None, 0.7)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
+    query, key, value, packed = case([4, 6, 3], 4, 2)
+    module = attention(4, 2)
+    alone = case([6], 4, 2)[3]
+    middle = module(query[4:10], key[4:10], value[4:10], None, packed_seq_params=alone)
+    for x in (query, key, value):
+        x[:4], x[10:] = 1e4, torch.nan
+    torch.testing.assert_close(
+        module(query, key, value, None, packed_seq_params=packed)[4:10], middle, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_attention_dropout_is_refused() -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, attention_dropout=0.1)
+    with pytest.raises(ValueError, match="attention_dropout"):
+        PackedAttention(config, 1, AttnMaskType.causal, "self")
