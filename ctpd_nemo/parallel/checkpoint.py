@@ -22,6 +22,7 @@ from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.adam_state import allocate_state, load_state
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
 
 _WRITING = ".writing"
@@ -148,6 +149,7 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
     check_is_checkpoint(folder)
     sharded = _model_state(chunks)
     if optimizer is not None:
+        allocate_state(optimizer.megatron)
         sharded["optimizer"] = optimizer.megatron.sharded_state_dict(sharded, is_loading=True, metadata=_SHARDING)
         saved = read_state(folder)
         if saved.fingerprints.get("layout") == layout_name():
@@ -156,7 +158,7 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
     for name, model in _models(chunks).items():
         model.load_state_dict(loaded[name])
     if optimizer is not None:
-        optimizer.megatron.load_state_dict(loaded["optimizer"])
+        load_state(optimizer.megatron, loaded["optimizer"])
         optimizer.scheduler.load_state_dict(loaded["scheduler"])
         if "rng" in sharded:
             torch.set_rng_state(loaded["rng"]["torch"])

@@ -137,26 +137,26 @@ def _spelled_ends(
     """
     spelled, piece_bounds = pieces.spell(ids)
     begins = piece_bounds[first_token].tolist()
-    shifts, misspelled, has_dummy_space = [], [], False
+    shifts, prefixed, misspelled = [], [], []
     for index, data in enumerate(encoded):
         shift = first_byte[index] - begins[index]
         read = spelled[begins[index] : begins[index + 1]]
         if read != data:
             if read == b" " + data:
-                has_dummy_space = True
+                prefixed.append(index)
                 shift -= 1
             elif first_token[index] < first_token[index + 1]:
                 misspelled.append(index)
         shifts.append(shift)
 
     ends = piece_bounds[1:]
-    if has_dummy_space or any(shifts):
-        token_counts = np.diff(first_token)
-        ends += np.repeat(shifts, token_counts)
+    if any(shifts):
+        ends += np.repeat(shifts, np.diff(first_token))
+    if prefixed:
         # A dummy space that is a token by itself ends where its text begins; it closes with the token that follows.
-        nothing_yet = ends <= np.repeat(first_byte[:-1], token_counts)
-        if nothing_yet.any():
-            ends = closed(np.where(nothing_yet, UNKNOWN, ends))
+        first = np.array(first_token)[prefixed]
+        alone = first[ends[first] == np.array(first_byte)[prefixed]]
+        ends[alone] = ends[alone + 1]
     return ends, misspelled
 
 

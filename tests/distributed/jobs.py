@@ -118,9 +118,11 @@ def layout_jobs(home: Path, name: str) -> list[dict[str, Any]]:
     jobs = []
     for method_name in layout.methods:
         parts = method(home, method_name, cache)
-        # With sequence parallelism lengths are rounded up, the longest with them.
-        tokens = 2 * (MAX_LENGTH + MAX_LENGTH % 2)
         parts |= {"parallel": layout.parallel, "precision": {"dtype": layout.precision}}
-        parts["data"] = {"packing": layout.packing, "microbatch_tokens": tokens}
+        # Two longest sequences, or two to three pairs end to end.
+        parts["data"] = {
+            "packing": layout.packing,
+            "microbatch_tokens": (2 if layout.packing == "padded" else 3) * MAX_LENGTH,
+        }
         jobs.append(job(home, f"{name}/{method_name}", parts, gradients=[0, 1], export=method_name != "score"))
     return jobs

@@ -1,6 +1,6 @@
 """The same methods in plain ``transformers`` and PyTorch: one sequence at a time, whole logits, no padding, fp32.
 
-Shares no code with the package: prompts come from ``apply_chat_template``, spans from counting characters (the pairs are
+Shares no code with the package: prompts come from ``apply_chat_template``, spans from counting characters (pairs are
 ASCII), the loss from its formula, the update from ``torch.optim.AdamW``.
 """
 

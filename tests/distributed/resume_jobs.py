@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.distributed.jobs import job, method
 
-# Of 3 steps an epoch 4 are done, with a checkpoint after 2: going on begins in the middle of an epoch and ends in the next.
+# Of 3 steps an epoch 4 are done, with a checkpoint after 2: going on begins within one epoch and ends in the next.
 STEPS, CHECKPOINT = 4, 2
 PARALLEL: dict[str, dict[str, Any]] = {
     "one": {},
@@ -15,10 +15,11 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "dp2": {},
     "vp2": {"pipeline": 2, "virtual_pipeline": 2},
 }
-# What is run in one launch -> the runs it goes on from, in fresh processes: (cut off, goes on as, layout).
-CUT = {1: ("one",), 2: ("pp2", "dp2")}
+# By processes: what is trained to its end, what is cut off, and what goes on in fresh processes in which layout.
+WHOLE = {1: ("one",), 2: ("pp2", "dp2")}
+CUT = {1: ("one",), 2: ("pp2", "dp2", "vp2")}
 CONTINUED = {
-    1: (("one", "one-again", "one"), ("pp2", "pp2-at-one", "one")),
+    1: (("one", "one-again", "one"), ("pp2", "pp2-at-one", "one"), ("vp2", "vp2-at-one", "one")),
     2: (("pp2", "pp2-again", "pp2"), ("dp2", "dp2-again", "dp2"), ("pp2", "pp2-at-tp2", "tp2")),
 }
 STORED = {1: ("one",), 2: ("tp2", "pp2", "vp2", "dp2")}
@@ -35,8 +36,8 @@ def _training(home: Path, folder: str, layout: str, **observed: Any) -> dict[str
 
 
 def cut_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
-    """Each layout trained to its end, and cut off after two steps; where it is alone, by SIGKILL in the third."""
-    jobs = [_training(home, f"{name}-whole", name, export=True) for name in CUT[processes]]
+    """Layouts trained to their end, and cut off after two steps; where it is alone, by SIGKILL in the third."""
+    jobs = [_training(home, f"{name}-whole", name, export=True) for name in WHOLE[processes]]
     how = "kill" if processes == 1 else "stop"
     return jobs + [_training(home, f"{name}-cut", name, **{how: CHECKPOINT}) for name in CUT[processes]]
 

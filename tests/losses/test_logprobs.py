@@ -1,4 +1,4 @@
-"""Token log-probs against ``log_softmax`` of the whole logits in fp64: values, and gradients of hidden states and weight."""
+"""Token log-probs against ``log_softmax`` of the whole logits in fp64: values, and both gradients."""
 
 import multiprocessing
 from pathlib import Path
