@@ -1,6 +1,6 @@
 """The state of torch's AdamW in Megatron-Core's distributed checkpoints.
 
-Megatron-Core (0.16.1) reads optimizer state into fused optimizers only: they have no count of steps a parameter. torch's
+Megatron-Core 0.16.1 reads optimizer state into fused optimizers only: they have no count of steps a parameter. torch's
 AdamW, which stands in without Transformer Engine and apex, makes its state in its first step, and counts in it.
 """
 
