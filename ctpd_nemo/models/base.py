@@ -31,6 +31,10 @@ from ctpd_nemo.parallel.layout import local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wrap_data_parallel
 
 
+# Values of a method's config that name a folder.
+_FOLDERS = ("scores", "positive", "negative")
+
+
 class MegatronModel(ModelPT):
     """A NeMo model around Megatron-Core GPT chunks, trained by Megatron's schedules and optimizer.
 
@@ -137,7 +141,9 @@ class MegatronModel(ModelPT):
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint of this run must match to be resumed from."""
-        return {"method": repr(self.run.method), **self.run_data.fingerprints()}
+        # Folders may move; what is in them is compared by content, or scored anew.
+        values = {key: value for key, value in vars(self.run.method).items() if key not in _FOLDERS}
+        return {"method": repr(values), **self.run_data.fingerprints()}
 
     def check_fingerprints(self, saved: dict[str, str]) -> None:
         """Stop where a checkpoint was trained on something else.
