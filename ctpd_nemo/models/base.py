@@ -30,7 +30,6 @@ from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wrap_data_parallel
 
-
 # Values of a method's config that name a folder.
 _FOLDERS = ("scores", "positive", "negative")
 
