@@ -18,17 +18,15 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.adam_state import allocate_state, load_state
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
+from ctpd_nemo.parallel.optimizer_state import SHARDING, load_state, sharded_state
 
 _WRITING = ".writing"
-# The optimizer state as one tensor a parameter: the only kind that other layouts can read.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
 
 # Megatron-Core's writer (0.16.1) hands results over through a queue in a process of its own, which it spawns and which
 # imports everything again. A synchronous save needs no more than a queue in this process.
@@ -98,14 +96,18 @@ def save(
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            # What the last step updated is gathered by the next forward pass; there may be none.
+            chunk.start_param_sync(force_sync=True)
     sharded = _model_state(chunks)
     if optimizer is not None:
-        sharded["optimizer"] = optimizer.megatron.sharded_state_dict(sharded, metadata=_SHARDING)
+        sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=False)
         sharded["scheduler"] = optimizer.scheduler.state_dict()
         sharded["rng"] = _rng_object()
     # JSON, so that reading it back needs no pickle.
     sharded["state"] = json.dumps({"trainer": state.trainer, "fingerprints": state.fingerprints})
-    dist_checkpointing.save(sharded, str(writing), content_metadata=_SHARDING)
+    dist_checkpointing.save(sharded, str(writing), content_metadata=SHARDING)
     dist.barrier()
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -149,8 +151,7 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
     check_is_checkpoint(folder)
     sharded = _model_state(chunks)
     if optimizer is not None:
-        allocate_state(optimizer.megatron)
-        sharded["optimizer"] = optimizer.megatron.sharded_state_dict(sharded, is_loading=True, metadata=_SHARDING)
+        sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=True)
         saved = read_state(folder)
         if saved.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()

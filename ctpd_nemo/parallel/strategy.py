@@ -95,6 +95,10 @@ class MegatronStrategy(DDPStrategy):
         module = self._module()
         module.check_fingerprints(checkpoints.read_state(checkpoint_path).fingerprints)
         state = checkpoints.load(checkpoint_path, module.chunks, self._optimizer())
+        # The loader gives the steps that are left. Lightning is to count them from 0: counting on, it would take the
+        # run's first part for an epoch that ends with the next step, and begin the loader anew.
+        progress = state.trainer["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        progress["current"] = dict.fromkeys(progress["current"], 0)
         return {
             **state.trainer,
             "state_dict": {},

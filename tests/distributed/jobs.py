@@ -60,7 +60,7 @@ LAYOUTS = {
     "tp2-same": Layout(2, {"tensor": 2}, ("same",), slow=True),
     "pp2-same": Layout(2, {"pipeline": 2}, ("same",), slow=True),
     "dp2-same": Layout(2, {}, ("same",), slow=True),
-    "dp2-overlap": Layout(2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ("ctpd", "sft"), slow=True),
+    "dp2-overlap": Layout(2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, ("sft", "ctpd")),
     "tp2pp2vp2-sequence": Layout(4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, slow=True),
     "tp2dp2-sequence": Layout(4, {"tensor": 2, "sequence": True}, slow=True),
     "pp2dp2": Layout(4, {"pipeline": 2}, slow=True),

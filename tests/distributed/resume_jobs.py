@@ -46,7 +46,9 @@ def continued_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
     """The runs that were cut off, each in a copy of its folder."""
     jobs = []
     for source, target, layout in CONTINUED[processes]:
-        shutil.copytree(home / "resume" / f"{source}-cut", home / "resume" / target)
+        # Without what the processes that were cut off observed.
+        ignored = shutil.ignore_patterns("observed-*")
+        shutil.copytree(home / "resume" / f"{source}-cut", home / "resume" / target, ignore=ignored)
         jobs.append(_training(home, target, layout, weights=[0], export=True))
     return jobs
 

@@ -1,7 +1,5 @@
 """Checkpoints in one process: what is saved is what is loaded, and the steps that follow are the same, bit for bit."""
 
-import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +25,25 @@ TOTAL_STEPS = 5
 Run = tuple[list[Any], LightningOptimizer]
 
 
-@pytest.fixture(scope="module", params=["tied", "untied with biases"])
-def architecture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Architecture:
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(**_SIZES, tie_word_embeddings=True) if request.param == "tied" else Qwen2Config(**_SIZES)
-    config.save_pretrained(folder)
-    return read_architecture(folder)
+@pytest.fixture(scope="module")
+def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Architecture]:
+    """By whether the embeddings are tied; the untied one has biases."""
+    folder = tmp_path_factory.mktemp("models")
+    LlamaConfig(**_SIZES, tie_word_embeddings=True).save_pretrained(folder / "tied")
+    Qwen2Config(**_SIZES).save_pretrained(folder / "untied")
+    return {tied: read_architecture(folder / name) for tied, name in ((True, "tied"), (False, "untied"))}
 
 
-@pytest.fixture(params=list(itertools.product(["fp32", "bf16"], [True, False])), ids=str)
-def start(request: pytest.FixtureRequest, architecture: Architecture) -> Callable[[int], Run]:
-    """``start(seed)``: a model of random weights, and its optimizer before the first step."""
-    precision, distributed = request.param
-
-    def make(seed: int) -> Run:
-        initialize(ParallelConfig(), seed)
-        parallel = ParallelConfig(distributed_optimizer=distributed)
-        gpt = build_gpt(architecture, parallel, PrecisionConfig(precision))
-        for parameter in gpt[0].parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        chunks = wrap_data_parallel(gpt, parallel)
-        optim = OptimConfig(lr=0.1, weight_decay=0.1, warmup_fraction=0.2)
-        return chunks, LightningOptimizer(*build_optimizer(chunks, optim, parallel, TOTAL_STEPS))
-
-    return make
+def make_run(architecture: Architecture, seed: int, precision: str = "fp32", distributed: bool = True) -> Run:
+    """A model of random weights, and its optimizer before the first step."""
+    initialize(ParallelConfig(), seed)
+    parallel = ParallelConfig(distributed_optimizer=distributed)
+    gpt = build_gpt(architecture, parallel, PrecisionConfig(precision))
+    for parameter in gpt[0].parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    chunks = wrap_data_parallel(gpt, parallel)
+    optim = OptimConfig(lr=0.1, weight_decay=0.1, warmup_fraction=0.2)
+    return chunks, LightningOptimizer(*build_optimizer(chunks, optim, parallel, TOTAL_STEPS))
 
 
 def step(run: Run, number: int) -> None:
@@ -74,11 +67,18 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_that_is_loaded_takes_the_same_next_steps(start: Callable[[int], Run], tmp_path: Path) -> None:
-    first = start(1)
+@pytest.mark.parametrize(
+    ("precision", "distributed", "tied"),
+    [("fp32", True, True), ("fp32", False, False), ("bf16", True, False), ("bf16", False, True)],
+)
+def test_a_run_that_is_loaded_takes_the_same_next_steps(
+    precision: str, distributed: bool, tied: bool, architectures: dict[bool, Architecture], tmp_path: Path
+) -> None:
+    first = make_run(architectures[tied], 1, precision, distributed)
     for number in range(2):
         step(first, number)
-    checkpoint.save(tmp_path / "step-00000002", first[0], first[1], STATE)
+    state = TrainState(STATE.trainer, {"layout": checkpoint.layout_name()})
+    checkpoint.save(tmp_path / "step-00000002", *first, state)
     saved, drawn = weights(first), torch.rand(4)
     rates, norms = [], []
     for number in range(2, TOTAL_STEPS):
@@ -86,14 +86,12 @@ def test_a_run_that_is_loaded_takes_the_same_next_steps(start: Callable[[int], R
         step(first, number)
         norms.append(first[1].grad_norm)
 
-    second = start(2)
-    assert not torch.equal(
-        weights(second)["embedding.word_embeddings.weight"], saved["embedding.word_embeddings.weight"]
-    )
-    assert checkpoint.load(tmp_path / "step-00000002", second[0], second[1]) == STATE
+    second = make_run(architectures[tied], 2, precision, distributed)
+    embedding = "embedding.word_embeddings.weight"
+    assert not torch.equal(weights(second)[embedding], saved[embedding])
+    assert checkpoint.load(tmp_path / "step-00000002", *second) == state
     assert_equal(weights(second), saved)
-    if "layout" in STATE.fingerprints:
-        assert torch.equal(torch.rand(4), drawn)
+    assert torch.equal(torch.rand(4), drawn), "the random state is that of the run that was saved"
     for number in range(2, TOTAL_STEPS):
         assert second[1].lr == rates[number - 2]
         step(second, number)
@@ -101,27 +99,27 @@ def test_a_run_that_is_loaded_takes_the_same_next_steps(start: Callable[[int], R
     assert_equal(weights(second), weights(first))
 
 
-def test_random_states_are_loaded_where_the_layout_is_the_same(start: Callable[[int], Run], tmp_path: Path) -> None:
-    run = start(1)
+def test_another_layout_keeps_its_own_random_states(architectures: dict[bool, Architecture], tmp_path: Path) -> None:
+    run = make_run(architectures[True], 1)
     step(run, 0)
-    for fingerprints, same in (({"layout": checkpoint.layout_name()}, True), ({"layout": "tp2-pp1"}, False)):
-        checkpoint.save(tmp_path / "step-00000001", *run, TrainState({}, fingerprints))
-        drawn = torch.rand(4)
-        torch.manual_seed(99)
-        checkpoint.load(tmp_path / "step-00000001", *run)
-        assert torch.equal(torch.rand(4), drawn) is same
+    checkpoint.save(tmp_path / "step-00000001", *run, TrainState({}, {"layout": "tp2-pp1"}))
+    torch.manual_seed(99)
+    drawn = torch.rand(4)
+    torch.manual_seed(99)
+    checkpoint.load(tmp_path / "step-00000001", *run)
+    assert torch.equal(torch.rand(4), drawn)
 
 
-@pytest.fixture
-def saved(start: Callable[[int], Run], tmp_path: Path) -> tuple[Path, Run]:
-    run = start(3)
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def saved(request: pytest.FixtureRequest, architectures: dict[bool, Architecture], tmp_path: Path) -> tuple[Path, Run]:
+    run = make_run(architectures[request.param], 3)
     checkpoint.save(tmp_path / "step-00000001", run[0], None, STATE)
     return tmp_path / "step-00000001", run
 
 
-def test_weights_alone_are_saved_and_loaded(saved: tuple[Path, Run], start: Callable[[int], Run]) -> None:
+def test_weights_alone_are_saved_and_loaded(saved: tuple[Path, Run], architectures: dict[bool, Architecture]) -> None:
     folder, run = saved
-    other = start(4)
+    other = make_run(architectures["output_layer.weight" not in weights(run)], 4)
     assert checkpoint.load(folder, other[0], None) == STATE
     assert checkpoint.read_state(folder) == STATE
     assert_equal(weights(other), weights(run))
