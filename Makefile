@@ -6,18 +6,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints-cpu.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export OMP_NUM_THREADS ?= 1
-# Tests of work that is under way; resuming the optimizer of a run that was cut off does not work yet.
-UNFINISHED := --ignore=tests/distributed --ignore=tests/tools --ignore=tests/pipeline/test_stages.py \
-	--ignore=tests/pipeline/test_real_input.py --ignore=tests/pipeline/test_config.py \
-	--ignore=tests/parallel/test_checkpoint.py
 
 .PHONY: quickstart test test-all lint clean
 
 quickstart: $(VENV)/.installed
-	OMP_NUM_THREADS=2 $(BIN)/python tools/quickstart.py
+	$(BIN)/python tools/quickstart.py
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(UNFINISHED)
+	$(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -94,7 +94,7 @@ def test_every_experiment_gives_every_stage_a_config_that_is_valid(experiment: s
 
 def test_the_quickstart_is_the_pipeline_with_the_tiny_experiment() -> None:
     quickstart, pipeline = composed("quickstart"), composed("pipeline", "experiment=tiny")
-    assert quickstart.world == {"n_train": 4000, "n_test": 300}
+    assert set(quickstart.world) == {"n_train", "n_test"}
     for key in set(pipeline) - {"run_dir"}:
         assert quickstart[key] == pipeline[key]
     assert quickstart.stages.dpo_student.method.name == "dpo"
