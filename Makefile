@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # On a machine with CUDA, set CONSTRAINTS= to keep its own build of torch.
 CONSTRAINTS ?= constraints-cpu.txt
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart test test-all lint clean

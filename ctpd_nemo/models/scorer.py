@@ -105,6 +105,8 @@ class Scorer(ModelPT):
         self.models: dict[str, FrozenModel] = {}
         self.chunks: list[Any] = []
         self.stats = StepStats()
+        # There may be more replicas than shards.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def configure_model(self) -> None:
         """Read the frozen models; Lightning calls it when the process groups are there."""

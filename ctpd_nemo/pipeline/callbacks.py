@@ -41,31 +41,56 @@ class Checkpointing(Callback):
 
 
 class ProgressLines(Callback):
-    """A line of metrics now and then, where there is no terminal to draw a bar on."""
+    """A line now and then, where there is no terminal to draw a bar on: the first step, the last, and some between."""
 
-    def __init__(self, title: str, lines: int = 5) -> None:
+    def __init__(self, title: str, seconds: float = 10.0) -> None:
         """Args:
         title: What the lines begin with.
-        lines: How many there are over the whole run.
+        seconds: At least so much time lies between two lines.
         """
         self.title = title
-        self.lines = lines
+        self.seconds = seconds
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Start the clock."""
-        self._started = time.monotonic()
-        self._first_step = trainer.global_step
+        self._start(trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the step where it is due."""
         step, total = trainer.global_step, trainer.max_steps
-        if step % max(1, total // self.lines) and step != total:
-            return
-        per_step = (time.monotonic() - self._started) / max(1, step - self._first_step)
-        shown = "  ".join(f"{name} {pl_module.last_metrics[name]:.3f}" for name in pl_module.shown_metrics)
-        left = datetime.timedelta(seconds=round(per_step * (total - step)))
-        rate = pl_module.last_metrics["tokens_per_second"]
-        logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
+        if self._is_due(step, total):
+            shown = "  ".join(f"{name} {pl_module.last_metrics[name]:.3f}" for name in pl_module.shown_metrics)
+            rate = pl_module.last_metrics["tokens_per_second"]
+            left = self._time_left(step, total)
+            logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self._start(0)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log the shard where it is due; replicas have as many shards as the first, or one less."""
+        done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
+        if self._is_due(done, total):
+            left = self._time_left(done, total)
+            logger.info("%-13s shard %d of %d of this replica  %s left", self.title, done, total, left)
+
+    def _start(self, step: int) -> None:
+        self._started = self._last = time.monotonic()
+        self._first_step = step
+
+    def _is_due(self, step: int, total: int) -> bool:
+        now = time.monotonic()
+        due = step in (self._first_step + 1, total) or now - self._last >= self.seconds
+        if due:
+            self._last = now
+        return due
+
+    def _time_left(self, step: int, total: int) -> datetime.timedelta:
+        per_step = (time.monotonic() - self._started) / (step - self._first_step)
+        return datetime.timedelta(seconds=round(per_step * (total - step)))
 
 
 class DataReport(Callback):

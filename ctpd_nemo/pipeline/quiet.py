@@ -54,3 +54,8 @@ def after_imports() -> None:
 def _lower_loggers() -> None:
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Where telemetry is off, as on every rank but the first, it says so at every step, at levels that it sets anew.
+    telemetry = logging.getLogger("nv_one_logger")
+    telemetry.propagate = False
+    if not telemetry.handlers:
+        telemetry.addHandler(logging.NullHandler())

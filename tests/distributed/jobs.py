@@ -45,7 +45,7 @@ LAYOUTS = {
     "one-bf16": Layout(1, methods=("dpo", "online"), precision="bf16"),
     "tp2": Layout(2, {"tensor": 2}),
     "pp2": Layout(2, {"pipeline": 2}),
-    "dp2": Layout(2),
+    "dp2": Layout(2, methods=(*_COMMON, "score_one_shard")),
     "sp2-recompute-full": Layout(2, {"tensor": 2, "sequence": True, "recompute": "full"}, ("sft", "dpo", "ctpd")),
     "vp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, ("sft", "dpo", "online")),
     "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",)),
@@ -77,6 +77,8 @@ def method(home: Path, name: str, cache: Path) -> dict[str, Any]:
             "method": {"name": "score", "cache": str(cache), "reference": str(home / "teacher"), **contrastive}
             | {"pairs_per_shard": 2}
         },
+        # More replicas than shards.
+        "score_one_shard": {"method": {"name": "score", "cache": f"{cache}-one-shard", **contrastive}},
         "sft": {"method": {"name": "sft"}, "policy": "teacher"},
         "dpo": {"method": {"name": "dpo"}},
         "dpo_reverse": {"method": {"name": "dpo", "reverse": True, "beta": 0.3}, "policy": "teacher"},
@@ -124,5 +126,7 @@ def layout_jobs(home: Path, name: str) -> list[dict[str, Any]]:
             "packing": layout.packing,
             "microbatch_tokens": (2 if layout.packing == "padded" else 3) * MAX_LENGTH,
         }
-        jobs.append(job(home, f"{name}/{method_name}", parts, gradients=[0, 1], export=method_name != "score"))
+        jobs.append(
+            job(home, f"{name}/{method_name}", parts, gradients=[0, 1], export=not method_name.startswith("score"))
+        )
     return jobs

@@ -25,7 +25,7 @@ def _trained(*, processes: int | None = None) -> list:
         pytest.param(name, method, marks=[pytest.mark.slow] if layout.slow else [], id=f"{name}-{method}")
         for name, layout in LAYOUTS.items()
         for method in layout.methods
-        if method != "score" and layout.precision == "fp32" and processes in (None, layout.processes)
+        if not method.startswith("score") and layout.precision == "fp32" and processes in (None, layout.processes)
     ]
 
 

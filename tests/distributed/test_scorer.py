@@ -24,7 +24,7 @@ Scores = dict[tuple[str, str, str], np.ndarray]
 
 
 def read_cache(folder: Path) -> Scores:
-    """(role, pair, response) -> scores of its spans."""
+    """(role, pair, response) -> scores of its spans, of the roles that are there."""
     return {
         (role, row["pair_id"], response): np.array(row[response], dtype=np.float64)
         for role in ROLES
@@ -71,6 +71,14 @@ def test_manifest_does_not_depend_on_the_layout(layout: str, launches: Launches)
     ]
     assert manifests[0] == manifests[1]
     assert manifests[0]["shards"] == 3, "data-parallel ranks that score an unequal number of shards"
+
+
+def test_replicas_may_be_more_than_shards(launches: Launches) -> None:
+    found = read_cache(launches.layout("dp2") / "cache-one-shard")
+    expected = {
+        key: scores for key, scores in read_cache(launches.home / "one" / "cache").items() if key[0] != "reference"
+    }
+    assert distance(found, expected) < 1e-5
 
 
 def test_spans_hold_several_tokens_of_either_side(launches: Launches) -> None:
