@@ -24,7 +24,13 @@ _FIELDS = {
 
 
 class SpanScores(Protocol):
-    """Scores of the spans of every pair: what the span score cache gives."""
+    """Scores of the spans of every pair: what the span score cache gives.
+
+    Attributes:
+        fingerprint: A name for the content of all of them.
+    """
+
+    fingerprint: str
 
     def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each."""

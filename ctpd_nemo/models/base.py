@@ -140,7 +140,7 @@ class MegatronModel(ModelPT):
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint of this run must match to be resumed from."""
-        # Folders may move; what is in them is compared by content, or scored anew.
+        # Folders may move; a score cache is compared by its content.
         values = {key: value for key, value in vars(self.run.method).items() if key not in _FOLDERS}
         return {"method": repr(values), **self.run_data.fingerprints()}
 

@@ -170,6 +170,7 @@ class RunData:
             f"include_eos {data.include_eos}",
             **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
             **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
+            **({"scores": self.scores.fingerprint} if self.scores else {}),
         }
 
 

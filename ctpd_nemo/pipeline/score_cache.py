@@ -11,6 +11,7 @@ whole, and an interrupted job goes on with the first that is missing. The manife
 the numbers depend on.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -130,7 +131,11 @@ class ScoreWriter:
 
 
 class ScoreReader:
-    """Scores by pair id, with the importance weights that CTPD makes of them; goes to dataloader workers."""
+    """Scores by pair id, with the importance weights that CTPD makes of them; goes to dataloader workers.
+
+    Attributes:
+        fingerprint: A name for what the scores were computed from, weights of the teachers included.
+    """
 
     def __init__(
         self,
@@ -156,6 +161,8 @@ class ScoreReader:
         manifest = read_manifest(self.folder)
         _compare_fingerprints(self.folder, manifest["fingerprints"], fingerprints)
         roles = method.roles() if method is not None else ("reference",)
+        teachers = [manifest["teacher_weights"].get(role) for role in roles]
+        self.fingerprint = _digest([manifest["fingerprints"], teachers])
         self._tables: dict[str, pa.Table] = {}
         for role in roles:
             weights = manifest["teacher_weights"].get(role)
@@ -244,6 +251,10 @@ def _compare_fingerprints(folder: Path, there: Mapping[str, str], here: Mapping[
 def _compare(folder: Path, field: str, there: object, here: object) -> None:
     if there != here:
         raise InputError(f"{folder}/{_MANIFEST}, {field}", f"{there}", f"{here}, as this run has it")
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_finite(place: str, pair: PairScores) -> None:

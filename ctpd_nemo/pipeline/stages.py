@@ -247,7 +247,9 @@ def _content(path: Path) -> str:
     for file in files():
         if not file.is_file():
             raise InputError(str(file), "no such file", "a preference file")
+        digest = hashlib.sha256()
         with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256")
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
         total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode() + digest.digest())
     return total.hexdigest()

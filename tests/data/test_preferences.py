@@ -1,6 +1,7 @@
 """Preference files of every format and form, and what bad ones say."""
 
 import json
+import logging
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -239,7 +240,8 @@ def test_bad_rows_can_be_skipped_and_are_counted(
     write_jsonl: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_jsonl([GOOD, *(row for row, _, _ in BAD_ROWS.values()), GOOD])
-    dataset = open_preferences(path, on_bad="skip")
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        dataset = open_preferences(path, on_bad="skip")
     assert [pair.place for pair in dataset] == [f"{path}:1", f"{path}:{len(BAD_ROWS) + 2}"]
     reasons = [reason for _, reason, _ in BAD_ROWS.values()]
     assert dict(dataset.skipped) == {reason: reasons.count(reason) for reason in reasons}

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,8 +23,10 @@ from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import quiet
+from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.stages import STAGES, StageResult, run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
+from ctpd_nemo.pipeline.train import train
 from tests.pipeline.recipe import composed, recipe, small_world
 from tests.pipeline.tool import kill, run_tool, started
 
@@ -252,6 +255,17 @@ def test_a_stage_that_was_cut_off_goes_on_and_ends_with_the_same_bits(
     assert exported(tmp_path / "run", "ctpd") == exported(finished.run_dir, "ctpd")
     # The log goes on as well, without the step that was done twice.
     assert metrics(tmp_path / "run", "ctpd") == metrics(finished.run_dir, "ctpd")
+
+
+def test_a_run_does_not_go_on_with_scores_of_other_teachers(finished: Finished, tmp_path: Path) -> None:
+    finished.copy(tmp_path / "run")
+    manifest = tmp_path / "run/score/cache/manifest.json"
+    teacher = json.loads(manifest.read_text())["teacher_weights"]["negative"]
+    manifest.write_text(manifest.read_text().replace(teacher, "0" * 64))
+    config = json.loads((tmp_path / "run/ctpd/config.json").read_text())
+    config["method"]["scores"], config["run_dir"] = str(manifest.parent), str(tmp_path / "run/ctpd")
+    with pytest.raises(InputError, match=r"resume, scores: found .*; expected what the checkpoint was"):
+        train(run_config(OmegaConf.create(config)))
 
 
 def test_a_stage_that_was_cut_off_after_its_last_step_only_exports(finished: Finished, tmp_path: Path) -> None:
