@@ -9,7 +9,8 @@ class InputError(ValueError):
     """
 
     def __init__(self, place: str, found: str, expected: str) -> None:
-        super().__init__(f"{place}: found {found}; expected {expected}")
+        # A path, an id or a library's own message may hold line breaks.
+        super().__init__(" ".join(f"{place}: found {found}; expected {expected}".splitlines()))
         self.place = place
         self.found = found
         self.expected = expected

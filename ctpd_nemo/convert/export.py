@@ -88,14 +88,14 @@ def hf_tensors(architecture: Architecture, global_tensor: GlobalTensor) -> Itera
             rows, then all up rows. A vocabulary tensor may come back with padding rows, which are cut.
 
     Raises:
-        ValueError: A tensor of another shape.
+        InputError: A tensor of another shape.
     """
     for parameter in megatron_parameters(architecture):
         shape = blocks_shape(shard_blocks(parameter, architecture), architecture)
         tensor = global_tensor(parameter, shape)
         rows = tensor[: shape[0]] if is_vocabulary(parameter) else tensor
         if tuple(rows.shape) != shape:
-            raise ValueError(f"{parameter} has shape {tuple(tensor.shape)}, expected {shape}")
+            raise InputError(parameter, f"a tensor that has shape {tuple(tensor.shape)}", f"{shape}, by config.json")
         yield from split_parameter(parameter, rows, architecture).items()
 
 
@@ -140,6 +140,8 @@ class HFWriter:
     def __init__(self, folder: Path, max_shard_bytes: int) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(str(folder), "something already there", "a folder that does not exist yet")
+        if not folder.name:
+            raise InputError(str(folder), "a folder that cannot be renamed to", "the name of a new folder")
         self.folder = folder
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.weight_map: dict[str, int] = {}

@@ -48,6 +48,8 @@ def open_source(path: str | Path, split: str | None) -> RowSource:
     source: RowSource
     if path.is_dir():
         source = _open_folder(path, split)
+    elif not path.is_file():
+        raise InputError(str(path), "a pipe or a device", "a file that can be read more than once")
     elif path.suffix == ".jsonl":
         source = JsonLines(path)
     elif path.suffix == ".parquet":
@@ -190,13 +192,17 @@ def _open_folder(path: Path, split: str | None) -> SavedDataset:
     # Only this form needs the library, whose import takes longer than reading the other forms.
     from datasets import DatasetDict, load_from_disk
 
-    loaded = load_from_disk(str(path))
+    try:
+        loaded = load_from_disk(str(path))
+    except Exception as error:  # JSON, Arrow and the library have errors of their own
+        found = f"a folder that cannot be read ({error})"
+        raise InputError(str(path), found, "a folder that datasets' save_to_disk wrote") from error
     if not isinstance(loaded, DatasetDict):
         return SavedDataset(str(path), path.name, loaded)
     names = ", ".join(loaded)
     if split is None and len(loaded) > 1:
         raise InputError(str(path), f"the splits {names} and none asked for", "the name of one split (data.split)")
-    split = split or next(iter(loaded))
+    split = split or next(iter(loaded), None)
     if split not in loaded:
-        raise InputError(str(path), f"no split {split!r}", f"one of {names}")
+        raise InputError(str(path), f"no split {split!r}", f"one of {names}" if names else "a folder with splits")
     return SavedDataset(f"{path}[{split}]", f"{path.name}-{split}", loaded[split])

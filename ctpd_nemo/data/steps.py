@@ -11,7 +11,7 @@ from ctpd_nemo.errors import InputError
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The global batch of every step.
+    """The global batch of every step; the last of an epoch may be a smaller one.
 
     Attributes:
         n_pairs: Pairs in the dataset.
@@ -20,7 +20,6 @@ class StepPlan:
         max_steps: Stop after so many steps; ``None`` for all of them.
         shuffle: Whether every epoch has an order of its own, else pairs come in file order.
         seed: Chooses the orders.
-        drop_last: Whether the last batch of an epoch is left out where it is not full; else it is a smaller one.
     """
 
     n_pairs: int
@@ -29,15 +28,12 @@ class StepPlan:
     max_steps: int | None = None
     shuffle: bool = True
     seed: int = 0
-    drop_last: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_pairs", "global_batch_size", "epochs"):
+        keys = {"n_pairs": "data.train", "global_batch_size": "data.global_batch_size", "epochs": "trainer.epochs"}
+        for name, key in keys.items():
             if getattr(self, name) < 1:
-                raise InputError(f"data.{name}", str(getattr(self, name)), "a positive number")
-        if self.steps_per_epoch == 0:
-            found = f"{self.global_batch_size} with drop_last and {self.n_pairs} pairs"
-            raise InputError("data.global_batch_size", found, "at most as many as there are pairs")
+                raise InputError(key, f"{getattr(self, name)} {name}", "1 or more")
 
     @classmethod
     def in_order(cls, n_pairs: int, global_batch_size: int) -> "StepPlan":
@@ -47,19 +43,13 @@ class StepPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch."""
-        full, rest = divmod(self.n_pairs, self.global_batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return -(-self.n_pairs // self.global_batch_size)
 
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
         steps = self.epochs * self.steps_per_epoch
         return steps if self.max_steps is None else min(steps, self.max_steps)
-
-    @property
-    def dropped_per_epoch(self) -> int:
-        """Pairs that ``drop_last`` leaves out of every epoch; with ``shuffle`` other ones each time."""
-        return self.n_pairs % self.global_batch_size if self.drop_last else 0
 
     def batch(self, step: int) -> tuple[int, NDArray[np.int64]]:
         """The epoch of a step, and the rows of its pairs, int64 ``[n]``."""

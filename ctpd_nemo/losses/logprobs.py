@@ -65,7 +65,8 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_NH, weight_VH, own_N, mine_N, lse_N = ctx.saved_tensors
         grad_hidden_NH = torch.empty_like(hidden_NH)
-        grad_weight_VH = torch.zeros_like(weight_VH)
+        # fp32 whatever the weight: chunk after chunk would be rounded away in bf16.
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
         grad_label_N = grad_N.masked_fill(~mine_N, 0.0)
         for part in _chunks(len(own_N), len(weight_VH)):
             logits = _logits(hidden_NH[part], weight_VH, ctx.real_rows)
@@ -73,8 +74,11 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_logits.scatter_add_(1, own_N[part, None], grad_label_N[part, None])
             grad_logits = grad_logits.to(weight_VH.dtype)
             torch.mm(grad_logits, weight_VH, out=grad_hidden_NH[part])
-            grad_weight_VH.addmm_(grad_logits.t(), hidden_NH[part])
-        return grad_hidden_NH, grad_weight_VH, None, None, None
+            if grad_logits.dtype == torch.float32:
+                grad_weight_VH.addmm_(grad_logits.t(), hidden_NH[part])
+            else:
+                grad_weight_VH += torch.mm(grad_logits.t(), hidden_NH[part])
+        return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, real_rows: int) -> Tensor:

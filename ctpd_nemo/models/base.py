@@ -1,6 +1,7 @@
 """What every trained model shares: building, weights, steps, metrics, and Lightning's hooks."""
 
 import dataclasses
+import math
 import time
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -140,9 +141,15 @@ class MegatronModel(ModelPT):
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint of this run must match to be resumed from."""
-        # Folders may move; a score cache is compared by its content.
+        # Folders may move; weights and score caches are compared by their content.
         values = {key: value for key, value in vars(self.run.method).items() if key not in _FOLDERS}
-        return {"method": repr(values), **self.run_data.fingerprints()}
+        return {
+            "method": repr(values),
+            "optim": repr(vars(self.run.optim)),
+            "steps": str(self.run_data.total_steps),
+            "precision": self.run.precision.dtype,
+            **self.run_data.fingerprints(),
+        }
 
     def check_fingerprints(self, saved: dict[str, str]) -> None:
         """Stop where a checkpoint was trained on something else.
@@ -182,8 +189,20 @@ class MegatronModel(ModelPT):
             "step_seconds": seconds,
             "tokens_per_second": self.last_stats.tokens / seconds,
         }
+        self._check_finite()
         for name, value in self.last_metrics.items():
             self.log(name, value, prog_bar=name in (*self.shown_metrics, "tokens_per_second"))
+
+    def _check_finite(self) -> None:
+        """Stop before the weights that a broken step has left replace good ones in the checkpoints.
+
+        Raises:
+            InputError: The loss or the norm of the gradient is not a number, or infinite.
+        """
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(self.last_metrics[name]):
+                place = f"{self.run.run_dir}, step {self.trainer.global_step}, {name}"
+                raise InputError(place, str(self.last_metrics[name]), "a finite number; are weights and rates sound?")
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Losses and metrics of held-out pairs, forward only."""

@@ -44,7 +44,7 @@ class TrainerConfig:
         validate_every: Steps between two passes over the validation pairs; 0 for one at the end.
         checkpoint_every: Steps between two checkpoints; 0 for one at the end.
         keep_checkpoints: How many of the newest checkpoints stay.
-        log_every: Steps between two rows of the logs.
+        log_every: Steps between two points in TensorBoard; ``metrics.jsonl`` has every step.
         resume: Go on from the newest checkpoint in the run folder, if there is one.
     """
 
@@ -94,6 +94,8 @@ class RunConfig:
 
         What goes with the data is checked where it is opened.
         """
+        if not 0 <= self.seed < 2**32:
+            raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
         self.parallel.check(world_size)
         self.optim.check()
         self.precision.torch_dtype()

@@ -1,5 +1,6 @@
 """Cross-Tokenizer Preference Distillation: the teacher's preferences, span by span."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.losses.preference import span_weights
-from ctpd_nemo.models.dpo import check_reference
+from ctpd_nemo.models.dpo import check_beta, check_reference
 from ctpd_nemo.models.preference import PreferenceModel
 from ctpd_nemo.models.teacher import FrozenModel
 
@@ -46,13 +47,15 @@ class CTPDConfig:
 
     def check(self) -> None:
         """Stop with an ``InputError`` where values do not go together."""
+        check_beta(self.beta)
         check_reference(self.reference, self.scores)
         if self.weights not in ("contrastive_teacher", "uniform"):
             raise InputError("method.weights", repr(self.weights), "contrastive_teacher or uniform")
-        if self.weight_lower > self.weight_upper:
-            raise InputError(
-                "method.weight_lower", f"{self.weight_lower} above weight_upper {self.weight_upper}", "lower <= upper"
-            )
+        if not 0 < self.weight_scale < math.inf:
+            raise InputError("method.weight_scale", str(self.weight_scale), "a positive number")
+        if not self.weight_lower <= self.weight_upper:
+            found = f"{self.weight_lower} with weight_upper {self.weight_upper}"
+            raise InputError("method.weight_lower", found, "lower <= upper")
         if self.reference == "online" and self.weights == "contrastive_teacher":
             for key in ("positive", "negative"):
                 if not getattr(self, key):

@@ -42,7 +42,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # parsers of several libraries, each with errors of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(folder, f"a tokenizer that cannot be read ({reason})", "a Hugging Face tokenizer") from error
 
 
@@ -56,6 +56,8 @@ class RunData:
         train: Training pairs.
         validation: Held-out pairs, ``None`` where there are none.
         plan: Which pairs each step sees.
+        scores: Span scores by pair id, ``None`` where nothing is cached.
+        weights: Fingerprints of the weights that the run starts from, by what they are to it.
     """
 
     def __init__(
@@ -64,7 +66,6 @@ class RunData:
         responses: Responses,
         two_sided: bool,
         online: bool = False,
-        scores: SpanScores | None = None,
     ) -> None:
         """Open and check everything that the run reads.
 
@@ -73,7 +74,6 @@ class RunData:
             responses: Both responses of a pair, or the chosen ones alone.
             two_sided: The policy is the student and its reference the teacher, with a tokenizer of its own.
             online: Also build the reference's microbatches, to score them as training goes.
-            scores: Span scores by pair id; a Protocol of ``data.batch``.
 
         Raises:
             InputError: A config value, file or tokenizer cannot be used.
@@ -91,7 +91,8 @@ class RunData:
         self.encoder = PairEncoder(
             self.policy, self.reference, run.data.include_eos, run.data.max_length, run.data.max_prompt_length
         )
-        self.scores = scores
+        self.scores: SpanScores | None = None
+        self.weights: dict[str, str] = {}
         parallel = run.parallel
         self.batching = Batching(
             run.data.microbatch_tokens,
@@ -171,6 +172,7 @@ class RunData:
             **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
             **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
             **({"scores": self.scores.fingerprint} if self.scores else {}),
+            **{f"{name}_weights": fingerprint for name, fingerprint in self.weights.items()},
         }
 
 

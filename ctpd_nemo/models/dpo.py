@@ -1,5 +1,6 @@
 """Direct Preference Optimization, forward and reverse: the contrastive teacher pair, and a baseline."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,7 +33,14 @@ class DPOConfig:
 
     def check(self) -> None:
         """Stop with an ``InputError`` where values do not go together."""
+        check_beta(self.beta)
         check_reference(self.reference, self.scores)
+
+
+def check_beta(beta: float) -> None:
+    """Stop with an ``InputError`` where beta would turn the preference round, or make nothing of it."""
+    if not 0 < beta < math.inf:
+        raise InputError("method.beta", str(beta), "a positive number")
 
 
 def check_reference(reference: str, scores: str | None) -> None:
@@ -44,7 +52,10 @@ def check_reference(reference: str, scores: str | None) -> None:
 
 
 class DPO(PreferenceModel):
-    """DPO on the policy's own tokens; every weight is 1."""
+    """DPO on the policy's own tokens; every weight is 1.
+
+    With ``reverse``, "chosen" in the names of metrics is the response that is preferred: the rejected one of the data.
+    """
 
     @property
     def beta(self) -> float:

@@ -4,11 +4,12 @@ A checkpoint is a folder. It is written under a temporary name and renamed when 
 the final name is whole.
 """
 
+import contextlib
 import json
 import os
 import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
 from ctpd_nemo.parallel.optimizer_state import SHARDING, load_state, sharded_state
 
 _WRITING = ".writing"
+_REPLACED = ".replaced"
 
 # Megatron-Core's writer (0.16.1) hands results over through a queue in a process of its own, which it spawns and which
 # imports everything again. A synchronous save needs no more than a queue in this process.
@@ -110,9 +113,17 @@ def save(
     dist_checkpointing.save(sharded, str(writing), content_metadata=SHARDING)
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(writing, final)
+        _replace(final, writing)
     dist.barrier()
+
+
+def _replace(final: Path, writing: Path) -> None:
+    """Give a new checkpoint its name; an old one of that name goes after the new one has it, not before."""
+    replaced = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(writing, final)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove(folder: str | Path) -> None:
@@ -121,23 +132,43 @@ def remove(folder: str | Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def reading(folder: str | Path) -> Iterator[None]:
+    """Turn whatever reading a damaged checkpoint raises into an ``InputError``."""
+    try:
+        yield
+    except InputError:
+        raise
+    # Several libraries with errors of their own; that of torch's checkpoints is no ``Exception``.
+    except (Exception, CheckpointException) as error:
+        reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
+        found = f"a checkpoint that cannot be read ({reason})"
+        raise InputError(str(folder), found, "a whole one; remove it to go on from the one before") from error
+
+
 def find_checkpoints(folder: str | Path) -> list[Path]:
     """Whole checkpoints in a folder of checkpoints named by step, oldest first."""
-    found = (path for path in Path(folder).glob("step-*") if path.suffix != _WRITING)
-    return sorted(path for path in found if dist_checkpointing.check_is_distributed_checkpoint(str(path)))
+    found = (path for path in Path(folder).glob("step-*") if path.suffix not in (_WRITING, _REPLACED))
+    return sorted(path for path in found if _is_checkpoint(path))
 
 
 def check_is_checkpoint(folder: str | Path) -> None:
     """Stop with an ``InputError`` where ``folder`` is not a whole checkpoint."""
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+    if not _is_checkpoint(folder):
         found = "a folder without metadata.json" if Path(folder).is_dir() else "nothing"
         raise InputError(str(folder), found, "a checkpoint folder written by training")
+
+
+def _is_checkpoint(folder: str | Path) -> bool:
+    with reading(folder):
+        return bool(dist_checkpointing.check_is_distributed_checkpoint(str(folder)))
 
 
 def read_state(folder: str | Path) -> TrainState:
     """The part of a checkpoint that is no tensor."""
     check_is_checkpoint(folder)
-    return TrainState(**json.loads(dist_checkpointing.load_common_state_dict(str(folder))["state"]))
+    with reading(folder):
+        return TrainState(**json.loads(dist_checkpointing.load_common_state_dict(Path(folder))["state"]))
 
 
 def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None) -> TrainState:
@@ -155,7 +186,8 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
         saved = read_state(folder)
         if saved.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
-    loaded = dist_checkpointing.load(sharded, str(folder))
+    with reading(folder):
+        loaded = dist_checkpointing.load(sharded, str(folder))
     for name, model in _models(chunks).items():
         model.load_state_dict(loaded[name])
     if optimizer is not None:

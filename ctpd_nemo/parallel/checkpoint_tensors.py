@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ctpd_nemo.parallel.checkpoint import check_is_checkpoint
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.checkpoint import check_is_checkpoint, reading
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 
@@ -30,9 +31,11 @@ class CheckpointTensors:
             InputError: The folder is no whole checkpoint.
         """
         check_is_checkpoint(folder)
+        self._folder = folder
         self._reader = FileSystemReader(str(folder))
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        with reading(folder):
+            self._metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read one tensor.
@@ -42,12 +45,13 @@ class CheckpointTensors:
             shape: Its unsharded shape; a padded vocabulary comes back with its padding.
 
         Raises:
-            KeyError: The checkpoint has no such tensor.
+            InputError: The checkpoint has no such tensor, or cannot be read.
         """
         layer = _LAYER.fullmatch(name)
         key = name if layer is None else layer[1] + layer[3]
-        stored = self._metadata.state_dict_metadata[key]
-        assert isinstance(stored, TensorStorageMetadata)
+        stored = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata) or (layer and int(layer[2]) >= stored.size[0]):
+            raise InputError(str(self._folder), f"no tensor {name}", "a checkpoint of the reference's architecture")
         if layer is None:
             return self._read(key, stored, torch.Size([0] * len(stored.size)), stored.size)
         number = int(layer[2])
@@ -58,7 +62,8 @@ class CheckpointTensors:
     def _read(self, key: str, stored: TensorStorageMetadata, offsets: torch.Size, sizes: torch.Size) -> Tensor:
         items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets=offsets, sizes=sizes)])
         region = _Region(torch.empty(sizes, dtype=stored.properties.dtype))
-        self._reader.read_data(LoadPlan(items), region).wait()
+        with reading(self._folder):
+            self._reader.read_data(LoadPlan(items), region).wait()
         return region.tensor
 
 

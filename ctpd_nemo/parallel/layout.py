@@ -42,7 +42,7 @@ class ParallelConfig:
 
     def check(self, world_size: int) -> None:
         """Stop with an ``InputError`` where these sizes cannot make a layout of ``world_size`` processes."""
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("tensor", "pipeline", "context", "timeout_minutes"):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name}", str(getattr(self, name)), "1 or more")
         model = self.tensor * self.pipeline * self.context

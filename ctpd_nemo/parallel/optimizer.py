@@ -1,5 +1,6 @@
 """Megatron's data-parallel wrapper, optimizer and learning-rate schedule, and their face towards Lightning."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,11 @@ class OptimConfig:
         """Stop with an ``InputError`` where a value makes no schedule."""
         if self.schedule not in ("cosine", "linear", "constant"):
             raise InputError("optim.schedule", repr(self.schedule), "cosine, linear or constant")
-        if not self.lr >= self.min_lr >= 0:
-            raise InputError("optim.lr", f"{self.lr} with optim.min_lr {self.min_lr}", "lr >= min_lr >= 0")
+        if not math.inf > self.lr >= self.min_lr >= 0:
+            raise InputError("optim.lr", f"{self.lr} with optim.min_lr {self.min_lr}", "inf > lr >= min_lr >= 0")
+        for name in ("weight_decay", "eps", "clip_grad"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"optim.{name}", str(getattr(self, name)), "a finite number, 0 or more")
         if not 0 <= self.warmup_fraction < 1:
             raise InputError("optim.warmup_fraction", str(self.warmup_fraction), "a share from 0 to below 1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -135,7 +139,6 @@ class LightningOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: Norm of the whole gradient at the last step, before clipping.
-        applied: Whether the last step changed the parameters; Megatron skips a step whose gradients are not finite.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
@@ -144,7 +147,6 @@ class LightningOptimizer(torch.optim.Optimizer):
         self.scheduler = scheduler
         self.defaults: dict[str, Any] = {}
         self.grad_norm = 0.0
-        self.applied = True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -164,7 +166,7 @@ class LightningOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update the parameters from the accumulated gradients, and advance the schedule by one step."""
         result = closure() if closure is not None else None
-        self.applied, grad_norm, _ = self.megatron.step()
+        _, grad_norm, _ = self.megatron.step()
         self.grad_norm = float(grad_norm or 0.0)
         self.scheduler.step(increment=1)
         return result

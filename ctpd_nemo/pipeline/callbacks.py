@@ -36,8 +36,9 @@ class Checkpointing(Callback):
         step = trainer.global_step
         if step == trainer.max_steps or (self.every and step % self.every == 0):
             trainer.save_checkpoint(self.folder / f"step-{step:08d}")
-            for old in find_checkpoints(self.folder)[: -self.keep]:
-                trainer.strategy.remove_checkpoint(old)
+            if trainer.is_global_zero:
+                for old in find_checkpoints(self.folder)[: -self.keep]:
+                    trainer.strategy.remove_checkpoint(old)
 
 
 class ProgressLines(Callback):

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +20,31 @@ Task = Callable[[DictConfig], Any]
 def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
     """A command-line tool: NeMo's ``hydra_runner`` over ``conf/<config_name>.yaml`` beside the tool's folder.
 
-    An ``InputError`` of the task becomes one line on standard error and exit status 2.
+    An ``InputError`` of the task becomes one line on standard error and exit status 2, and so does a command line that
+    Hydra cannot apply, and a path that cannot be read or written.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
+        composed = False
+
         @functools.wraps(task)
         def guarded(config: DictConfig) -> None:
+            nonlocal composed
+            composed = True
             quiet.after_imports()
+            from lightning.pytorch.utilities.exceptions import SIGTERMException
+
             try:
                 task(config)
             except InputError as error:
                 stop(error)
+            except SIGTERMException:
+                # Lightning's exception would exit with status 0, as if the job were done.
+                sys.exit(128 + signal.SIGTERM)
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
 
         def main() -> None:
             quiet.before_imports()
@@ -37,7 +52,14 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
             from nemo.core.config import hydra_runner
 
             conf = Path(task.__code__.co_filename).resolve().parents[1] / "conf"
-            hydra_runner(config_path=str(conf), config_name=config_name)(guarded)()
+            # Hydra is to raise what is wrong with a command line, not to end the process with its own words.
+            os.environ["HYDRA_FULL_ERROR"] = "1"
+            try:
+                hydra_runner(config_path=str(conf), config_name=config_name)(guarded)()
+            except Exception as error:
+                if composed:
+                    raise
+                stop(InputError("command line", str(error), "key=value, for keys and choices in conf"))
 
         return main
 

@@ -1,5 +1,6 @@
 """From a checkpoint to a Hugging Face folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def export(config: ExportConfig) -> Path:
         InputError: One of the folders is missing or cannot be used.
     """
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
         export_hf(folder, reference, CheckpointTensors(checkpoint))
     if dist.is_initialized():
         dist.barrier()

@@ -41,7 +41,7 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = Path(config.run_dir)
-    initialize(ParallelConfig())
+    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     if dist.get_rank() == 0:
         build_tiny_world(folder / "world", **config.world, seed=config.seed)
     dist.barrier()

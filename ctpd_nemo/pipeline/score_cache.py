@@ -39,6 +39,7 @@ FINGERPRINTS = (
 )
 _MANIFEST = "manifest.json"
 _FORMAT = 1
+_FIELDS = {"pairs": int, "pairs_per_shard": int, "shards": int, "fingerprints": dict, "teacher_weights": dict}
 _SCHEMA = pa.schema(
     [("pair_id", pa.string()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))]
 )
@@ -96,6 +97,9 @@ class ScoreWriter:
             for role, weights in teacher_weights.items():
                 _compare(self.folder, f"teacher_weights.{role}", there["teacher_weights"].get(role, weights), weights)
             self._manifest["teacher_weights"] = {**there["teacher_weights"], **teacher_weights}
+        elif any(self.folder.glob("*.parquet")):
+            found = f"shards without {_MANIFEST}, which says what they are scores of"
+            raise InputError(str(self.folder), found, "a score cache, or an empty folder")
 
     def begin(self) -> None:
         """Write the manifest; one process does it, before any shard."""
@@ -179,9 +183,14 @@ class ScoreReader:
             if not path.exists():
                 raise InputError(str(self.folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
-                tables.append(pq.read_table(path, schema=_SCHEMA))
+                table = pq.read_table(path, schema=_SCHEMA)
             except (pa.ArrowException, OSError) as error:
-                raise InputError(str(path), f"a shard that cannot be read ({error})", "a Parquet shard") from error
+                found = f"a shard that cannot be read ({error})"
+                raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
+            for name in _SCHEMA.names:
+                if table[name].null_count:
+                    raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")
+            tables.append(table)
         return pa.concat_tables(tables).combine_chunks()
 
     def __len__(self) -> int:
@@ -191,7 +200,7 @@ class ScoreReader:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
 
         Raises:
-            InputError: The cache does not hold the pair, or a score is not finite.
+            InputError: The cache does not hold the pair, a score is not finite, or the roles differ in spans.
         """
         reference = self._pair("reference", pair_id)
         if self._method is None or "positive" not in self._tables:
@@ -202,6 +211,11 @@ class ScoreReader:
                 np.ones_like(reference.rejected),
             )
         positive, negative = self._pair("positive", pair_id), self._pair("negative", pair_id)
+        for role, pair in (("positive", positive), ("negative", negative)):
+            spans, expected = ([len(scored.chosen), len(scored.rejected)] for scored in (pair, reference))
+            if spans != expected:
+                place = f"{self.folder}, {role}, pair {pair_id!r}"
+                raise InputError(place, f"{spans} spans", f"{expected}, as the reference has")
         chosen, rejected = (
             self._method.span_weights(torch.from_numpy(up), torch.from_numpy(down), sign).numpy()
             for up, down, sign in (
@@ -240,7 +254,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise InputError(str(path), f"no JSON object ({error})", "the manifest of a score cache") from error
     if found != _FORMAT:
         raise InputError(str(path), f"format {found!r}", f"format {_FORMAT}")
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            raise InputError(f"{path}, {field}", repr(manifest.get(field)), f"a value of type {kind.__name__}")
     return manifest
+
+
+def is_whole(folder: str | Path) -> bool:
+    """Whether every shard is there of every role that the manifest names."""
+    manifest = read_manifest(folder)
+    shards = range(manifest["shards"])
+    return all(_shard_path(Path(folder), role, n).exists() for role in manifest["teacher_weights"] for n in shards)
 
 
 def _compare_fingerprints(folder: Path, there: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -5,6 +5,8 @@ whether it is complete. A complete stage whose fingerprint still holds is skippe
 newest checkpoint or shard. One whose inputs have changed is done again; what it had made is moved aside, not deleted.
 """
 
+import errno
+import fcntl
 import functools
 import gc
 import hashlib
@@ -14,19 +16,22 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.fingerprint import weights_fingerprint
+from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
-from ctpd_nemo.models.data import load_side
-from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.models.data import check_vocabulary, load_side
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.score_cache import is_whole
 from ctpd_nemo.pipeline.train import train
 
 logger = logging.getLogger(__name__)
@@ -69,6 +74,8 @@ STAGES = (
     Stage("ctpd", "student", {**_SFT_BOTH, "method.scores": "score"}),
 )
 _STATUS = "stage.json"
+# Open files whose locks say that this process is at work in a stage.
+_claims: dict[Path, IO[str]] = {}
 # How the work is cut up changes results by rounding alone: a run may go on with other values of these.
 _CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing")
 
@@ -98,16 +105,23 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
         InputError: A value, file or folder cannot be used.
     """
     known = [stage.name for stage in STAGES]
-    for name in config.stages:
+    if not isinstance(config.stages, DictConfig):
+        raise InputError("stages", repr(config.stages), "stages and their values")
+    for name in map(str, config.stages):
+        own = config.stages[name]
         if name not in known:
             raise InputError(f"stages.{name}", "a stage that is not known", "one of " + ", ".join(known))
+        if own is not None and not isinstance(own, DictConfig):
+            raise InputError(f"stages.{name}", repr(own), "values of the stage, or null")
     for name in config.only or ():
         if config.stages.get(name) is None:
             raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
+    _check(config)
     # What the libraries hold lives as long as the process; Megatron-Core searches it for garbage at every checkpoint.
     gc.collect()
     gc.freeze()
-    initialize(ParallelConfig())
+    # The first call makes the default group, and its limit of time is for good.
+    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
     for stage in STAGES:
@@ -125,6 +139,27 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
             results[stage.name] = done
         gc.collect()
     return results
+
+
+def _check(config: DictConfig) -> None:
+    """Look at every value, and at both models, before the first stage begins: the last one's turn comes days later.
+
+    Raises:
+        InputError: A value or folder cannot be used.
+    """
+    for stage in STAGES:
+        if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
+            continue
+        sources = (name for name in stage.inputs.values() if config.stages.get(name) is not None)
+        inputs = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
+        run = stage_config(config, stage, inputs)
+        run.check(world_size())
+        run.data.check()
+        side, key = run.policy_side(), f"model.{run.policy}"
+        if f"{key}.path" not in stage.inputs and side.path is not None:
+            architecture = read_architecture(side.path)
+            SafetensorsFolder(side.path, architecture)
+            check_vocabulary(load_side(side, key), architecture.vocab_size, side.path)
 
 
 def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:
@@ -147,7 +182,10 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
         OmegaConf.update(merged, key, str(results[source].output), force_add=True)
     if stage.name == "score":
         OmegaConf.update(merged, "method.cache", str(Path(merged.run_dir) / "cache"), force_add=True)
-    return run_config(merged)
+    try:
+        return run_config(merged)
+    except InputError as error:
+        raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
 
 
 def _output(stage: Stage, run: RunConfig) -> Path:
@@ -160,6 +198,8 @@ def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | N
     status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
     if status.get("fingerprint") != fingerprint or not status["complete"]:
         return None
+    if stage.name == "score" and not on_rank_0(lambda: is_whole(output)):
+        return None
     return StageResult(output, status["seconds"], skipped=True)
 
 
@@ -168,6 +208,7 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     if done := _complete(stage, run, fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
         return done
+    on_rank_0(lambda: _claim(folder))
     status = on_rank_0(lambda: _prepare(folder, fingerprint))
     logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
     started = time.perf_counter()
@@ -184,6 +225,25 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     return StageResult(output, seconds, skipped=False)
 
 
+def _claim(folder: Path) -> None:
+    """Keep other pipelines out of a stage's folder until this process ends, however it ends."""
+    path = folder.with_name(f".{folder.name}.lock")
+    if path in _claims:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("w")
+    try:
+        # Not flock: workers that outlive a killed process would hold what they have inherited.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(str(folder), "another pipeline at work in it", "a run_dir of its own for each") from error
+        # A file system without locks: nobody can tell.
+        return
+    _claims[path] = lock
+
+
 def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
     """The status of a stage that was cut off and is still good, or an empty one for a stage that begins."""
     if status := _read_status(folder):
@@ -198,7 +258,13 @@ def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 def _read_status(folder: Path) -> dict[str, Any]:
     path = folder / _STATUS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        return {name: status[name] for name in ("fingerprint", "complete", "seconds")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(str(path), f"what no stage wrote ({error!r})", "a stage's status, or none to begin") from error
 
 
 def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:

@@ -1,7 +1,8 @@
-"""One training job: from a configuration to a trained model in Hugging Face form."""
+"""One training job: from a configuration to a distributed checkpoint, which ``export`` turns into a folder."""
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 from lightning.pytorch.callbacks import LambdaCallback
@@ -17,6 +18,8 @@ from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerpr
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.trainer import build_trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(run: RunConfig) -> Path:
@@ -34,6 +37,7 @@ def train(run: RunConfig) -> Path:
     initialize(run.parallel, run.seed)
     if reference == "cache":
         data.scores = _open_scores(run, data, method.two_sided)
+    data.weights = weights_fingerprints(_starting_weights(run, data))
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
     newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))
@@ -48,7 +52,19 @@ def train(run: RunConfig) -> Path:
     trainer = build_trainer(run, data.total_steps, callbacks)
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
-    return find_checkpoints(checkpoints)[-1]
+    checkpoint = on_rank_0(lambda: find_checkpoints(checkpoints)[-1])
+    logger.info("%-13s checkpoint: %s", folder.name, checkpoint)
+    return checkpoint
+
+
+def _starting_weights(run: RunConfig, data: RunData) -> dict[str, str]:
+    """The folders whose weights the numbers of a run depend on, but for those that a score cache speaks for."""
+    folders = {"policy": data.policy_path}
+    if data.batching.online:
+        named = {"reference": run.model.teacher.path}
+        named |= {role: getattr(run.method, role, None) for role in ("positive", "negative")}
+        folders |= {role: folder for role, folder in named.items() if folder}
+    return folders
 
 
 def _open_scores(run: RunConfig, data: RunData, two_sided: bool) -> ScoreReader:

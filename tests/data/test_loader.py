@@ -52,22 +52,20 @@ def assert_equal(one: StepBatch, other: StepBatch) -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
-@pytest.mark.parametrize("drop_last", [True, False])
 def test_an_epoch_sees_every_pair_once_over_all_ranks(
-    dp_size: int, drop_last: bool, dataset: PreferenceDataset, encoder: PairEncoder
+    dp_size: int, dataset: PreferenceDataset, encoder: PairEncoder
 ) -> None:
-    plan = StepPlan(N_PAIRS, global_batch_size=4, epochs=2, seed=1, drop_last=drop_last)
+    plan = StepPlan(N_PAIRS, global_batch_size=4, epochs=2, seed=1)
     ranks = [
         list(build_step_loader(dataset, encoder, plan, BATCHING, dp_rank=rank, dp_size=dp_size))
         for rank in range(dp_size)
     ]
-    assert plan.steps_per_epoch == (5 if drop_last else 6)
-    assert plan.dropped_per_epoch == (3 if drop_last else 0)
+    assert plan.steps_per_epoch == 6
     for epoch in range(2):
         steps = [step for rank in ranks for step in rank if step.epoch == epoch]
         seen = Counter(pairs_of(steps))
         assert set(seen.values()) == {1}
-        assert len(seen) == N_PAIRS - plan.dropped_per_epoch
+        assert len(seen) == N_PAIRS
     for number in range(plan.total_steps):
         shares = [rank[number] for rank in ranks]
         assert {share.step for share in shares} == {number}
@@ -204,8 +202,6 @@ def test_settings_that_cannot_work_are_refused(dataset: PreferenceDataset, encod
     plan = StepPlan(N_PAIRS, 4)
     with pytest.raises(InputError, match=r"data\.microbatch_tokens: found 255; expected at least 256"):
         build_step_loader(dataset, encoder, plan, Batching(255))
-    with pytest.raises(InputError, match=r"data\.global_batch_size: found 24 with drop_last and 23 pairs"):
-        StepPlan(N_PAIRS, 24, drop_last=True)
     with pytest.raises(InputError, match=r"data\.global_batch_size: found 0"):
         StepPlan(N_PAIRS, 0)
     with pytest.raises(ValueError, match="a plan for 22 pairs and a dataset of 23"):

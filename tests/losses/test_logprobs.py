@@ -112,6 +112,17 @@ def test_bf16_inputs_are_off_by_the_rounding_of_bf16_logits(chunk_logits: int) -
         assert distance(gradient, truth) < 0.02
 
 
+def test_bf16_weight_gradients_are_rounded_once_however_many_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Summed in bf16, each chunk would lose what is below the last bit of the sum so far."""
+    hidden, weight, labels, grad = case(tokens=2048)
+    inputs = hidden.bfloat16(), weight.bfloat16(), labels, grad
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 16 * VOCAB)
+    many = chunked(*inputs)[2].double()
+    monkeypatch.setattr(logprobs, "CHUNK_LOGITS", 2048 * VOCAB)
+    one = chunked(*inputs)[2].double()
+    assert distance(many, one) < 0.004
+
+
 def test_gradients_are_the_derivatives_of_the_value() -> None:
     """Central differences of the value itself, which is fp32: a step of 0.1 leaves an error of about 1e-4."""
     hidden, weight, labels, grad = case(tokens=5)

@@ -452,7 +452,7 @@ def test_of_two_processes_the_one_that_meets_the_bad_row_says_so(world: TinyWorl
     refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not this') }}{% endif %}" + template
     (tmp_path / "template.jinja").write_text(refusing)
     path = edited(world, tmp_path, lambda rows: rows[9]["prompt"][0].update(content="no"))
-    overrides = ["method=sft", "precision=fp32", "data.num_workers=1", f"data.train=[{path}]", "run_dir=run"]
+    overrides = ["method=sft", "precision=fp32", "data.max_length=64", f"data.train=[{path}]", "run_dir=run"]
     model = [f"model.student.path={world.student}", "model.student.chat_template=template.jinja"]
     status, _, stderr = run_tool("train.py", [*overrides, *model], tmp_path, processes=2)
     assert status != 0
