@@ -1,13 +1,14 @@
 """Parallel sizes that cannot be used stop with an error that names the key."""
 
-import gc
+import os
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from ctpd_nemo.errors import InputError
@@ -81,13 +82,22 @@ def test_initialize_stops_before_it_builds_groups_of_other_sizes() -> None:
 
 
 def test_one_layout_after_the_other_leaves_no_groups_and_no_threads_behind() -> None:
-    gc.collect()  # models of other tests hold groups, too
-    initialize(ParallelConfig())
-    groups, threads = len(dist.distributed_c10d._world.pg_map), _threads()
-    for minutes in (29, 28, 30):  # one process has no other layout than one of other limits
-        initialize(ParallelConfig(timeout_minutes=minutes))
-    assert len(dist.distributed_c10d._world.pg_map) == groups
-    assert _threads() <= threads
+    """In a process of its own: models of other tests hold the groups that they were built with."""
+    code = """
+import torch.distributed as dist
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from tests.parallel.test_layout import thread_count
+
+initialize(ParallelConfig())
+groups, threads = len(dist.distributed_c10d._world.pg_map), thread_count()
+for minutes in (29, 28, 30):  # one process has no other layout than one of other limits
+    initialize(ParallelConfig(timeout_minutes=minutes))
+print(len(dist.distributed_c10d._world.pg_map) - groups, thread_count() - threads)
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-2:] == ["0", "0"], done.stderr
 
 
 def test_the_same_layout_keeps_its_groups() -> None:
@@ -97,6 +107,6 @@ def test_the_same_layout_keeps_its_groups() -> None:
     assert parallel_state.get_data_parallel_group() is kept
 
 
-def _threads() -> int:
+def thread_count() -> int:
     tasks = Path("/proc/self/task")
     return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
