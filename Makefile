@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= constraints-cpu.txt
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 export OMP_NUM_THREADS ?= 1
+# Installed without compiling; what is imported, a part of it, is compiled once and kept, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test test-all lint clean
 
