@@ -9,6 +9,13 @@ from omegaconf import DictConfig
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize
 
+SMALL_BATCHES = [
+    "precision=fp32",
+    "data.max_length=128",
+    "data.microbatch_tokens=256",
+    "data.global_batch_size=8",
+    "data.num_workers=0",
+]
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
@@ -25,11 +32,7 @@ def recipe(world: TinyWorld, run_dir: Path) -> list[str]:
         f"model.student.path={world.student}",
         f"data.train=[{world.train}]",
         f"run_dir={run_dir}",
-        "precision=fp32",
-        "data.max_length=128",
-        "data.microbatch_tokens=256",
-        "data.global_batch_size=8",
-        "data.num_workers=0",
+        *SMALL_BATCHES,
         *(f"stages.{name}.optim.lr=2e-3" for name in ("sft_teacher", "sft_student")),
         *(f"stages.{name}.optim.lr=5e-4" for name in ("dpo_positive", "dpo_negative", "ctpd")),
         # Adam divides by the gradient's size: what is rounding alone would be blown up where a smaller epsilon let it.

@@ -15,7 +15,7 @@ from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import composed, small_world
+from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
 from tests.pipeline.tool import run_tool
 
 
@@ -31,11 +31,7 @@ def dpo(world: TinyWorld, run_dir: Path) -> list[str]:
         f"model.student.path={world.student}",
         f"data.train=[{world.train}]",
         f"run_dir={run_dir}",
-        "precision=fp32",
-        "data.max_length=128",
-        "data.microbatch_tokens=256",
-        "data.global_batch_size=8",
-        "data.num_workers=0",
+        *SMALL_BATCHES,
         "trainer.max_steps=2",
         "optim.lr=1e-3",
     ]

@@ -3,108 +3,23 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
-from ctpd_nemo.pipeline import entry, quiet
+from ctpd_nemo.pipeline import entry
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import small_world
 from tests.pipeline.tool import run_tool
-
-Rows = list[dict[str, Any]]
-Job = Callable[..., DictConfig]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    quiet.after_imports()
-    return small_world(tmp_path_factory.mktemp("tiny") / "world")
-
-
-@pytest.fixture(scope="module")
-def cache(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scores of every role by the untrained teacher, ready for CTPD."""
-    home = tmp_path_factory.mktemp("scored")
-    roles = dict.fromkeys(("reference", "positive", "negative"), str(world.teacher))
-    config = values(world, home / "run", method={"name": "score", "cache": str(home / "cache"), **roles})
-    return score(run_config(config))
-
-
-def values(world: TinyWorld, run_dir: Path, **changed: Any) -> DictConfig:
-    """A valid job, SFT of the student in three steps, with some of its values changed."""
-    job = {
-        "method": {"name": "sft"},
-        "run_dir": str(run_dir),
-        "model": {"student": {"path": str(world.student)}, "teacher": {"path": str(world.teacher)}},
-        "data": {
-            "train": [str(world.train)],
-            "max_length": 64,
-            "microbatch_tokens": 256,
-            "global_batch_size": 8,
-            "num_workers": 0,
-        },
-        "precision": {"dtype": "fp32"},
-    }
-    method = changed.pop("method", job["method"])
-    merged = OmegaConf.merge(job, changed)
-    assert isinstance(merged, DictConfig)
-    merged.method = method
-    return merged
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    """A run folder that somebody cares about."""
-    folder = tmp_path / "run"
-    (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
-    (folder / "export").mkdir()
-    for name in ("checkpoints/step-00000007/half", "export/model.safetensors", "metrics.jsonl", "config.json", "notes"):
-        (folder / name).write_text(f'{{"precious": "{name}"}}\n')
-    return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def refused(task: Callable[[Any], Any], config: DictConfig, run_dir: Path, may_log: bool = False) -> InputError:
-    """The error that a job ends with, once it is sure that it is one line and that nothing was touched.
-
-    ``may_log``: the job had begun to log when it found out.
-    """
-    before = content(run_dir)
-    with pytest.raises(InputError) as error:
-        task(run_config(config))
-    after = content(run_dir)
-    if may_log:
-        after = {name: data for name, data in after.items() if not name.startswith("logs/")}
-    assert after == before
-    assert "\n" not in str(error.value)
-    return error.value
-
-
-def edited(world: TinyWorld, folder: Path, edit: Callable[[Rows], None]) -> Path:
-    """The training pairs with something done to them."""
-    rows = [json.loads(line) for line in world.train.read_text().splitlines()]
-    edit(rows)
-    path = folder / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
+from tests.tools.refusal import Rows, content, edited, refused, values
 
 # Rows
 
@@ -293,89 +208,6 @@ def test_an_export_never_overwrites_a_folder(world: TinyWorld, tmp_path: Path) -
     # Nor does another run begin where there are checkpoints already.
     again = values(world, tmp_path / "run", trainer={"resume": False})
     assert "resume false" in refused(train, again, tmp_path / "run").found
-
-
-# The score cache
-
-
-@pytest.mark.parametrize(
-    ("changed", "field"),
-    [
-        ({"data": {"max_length": 48}}, "truncation"),
-        ({"data": {"include_eos": False}}, "truncation"),
-        ({"precision": {"dtype": "bf16"}}, "precision"),
-        (
-            {"model": {"student": {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}}},
-            "student_template",
-        ),
-        (
-            {"model": {"teacher": {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}}},
-            "teacher_template",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_cache_that_belongs_to_another_run_is_refused_with_what_differs(
-    world: TinyWorld, cache: Path, run_dir: Path, changed: dict[str, Any], field: str
-) -> None:
-    before = content(cache)
-    config = values(world, run_dir, method={"name": "ctpd", "scores": str(cache)}, **changed)
-    error = refused(train, config, run_dir)
-    assert error.place == f"{cache}/manifest.json, {field}"
-    assert error.found != error.expected
-    assert content(cache) == before
-
-
-def test_a_cache_of_other_pairs_is_refused(world: TinyWorld, cache: Path, tmp_path: Path, run_dir: Path) -> None:
-    path = edited(world, tmp_path, lambda rows: rows.pop())
-    config = values(world, run_dir, method={"name": "ctpd", "scores": str(cache)}, data={"train": [str(path)]})
-    assert refused(train, config, run_dir).place == f"{cache}/manifest.json, data"
-
-
-@pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_cache_of_another_tokenizer_is_refused(
-    world: TinyWorld, cache: Path, tmp_path: Path, run_dir: Path, side: str
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(getattr(world, side))
-    tokenizer.add_tokens(["<one more>"])
-    tokenizer.save_pretrained(tmp_path / "grown")
-    model = {side: {"tokenizer": str(tmp_path / "grown")}}
-    config = values(world, run_dir, method={"name": "ctpd", "scores": str(cache)}, model=model)
-    assert refused(train, config, run_dir).place == f"{cache}/manifest.json, {side}_tokenizer"
-
-
-def test_a_cache_of_another_teacher_is_refused(world: TinyWorld, cache: Path, tmp_path: Path, run_dir: Path) -> None:
-    folder = Path(shutil.copytree(world.teacher, tmp_path / "teacher"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] += 1e-3
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    method = {"name": "ctpd", "scores": str(cache)}
-    config = values(world, run_dir, method=method, model={"teacher": {"path": str(folder)}})
-    assert refused(train, config, run_dir).place == f"{cache}/manifest.json, teacher_weights.reference"
-    for role in ("positive", "negative"):
-        config = values(world, run_dir, method={**method, role: str(folder)})
-        assert refused(train, config, run_dir).place == f"{cache}/manifest.json, teacher_weights.{role}"
-
-
-def test_the_cache_is_all_that_is_left_of_the_teacher_but_its_tokenizer(
-    world: TinyWorld, cache: Path, tmp_path: Path
-) -> None:
-    AutoTokenizer.from_pretrained(world.teacher).save_pretrained(tmp_path / "tokenizer")
-    model = {"teacher": {"path": None, "tokenizer": str(tmp_path / "tokenizer")}}
-    method = {"name": "ctpd", "scores": str(cache)}
-    assert train(run_config(values(world, tmp_path / "run", method=method, model=model))).is_dir()
-
-
-def test_a_pair_that_the_cache_does_not_hold_is_named(world: TinyWorld, cache: Path, tmp_path: Path) -> None:
-    """Found when the pair's turn comes."""
-    holed = Path(shutil.copytree(cache, tmp_path / "cache"))
-    (shard,) = holed.glob("negative-*.parquet")
-    table = pq.read_table(shard)
-    pq.write_table(table.slice(0, len(table) - 1), shard)
-    config = values(world, tmp_path / "run", method={"name": "ctpd", "scores": str(holed)})
-    missing = table["pair_id"][-1].as_py()
-    with pytest.raises(InputError, match=rf"{holed}, negative: found no pair '{missing}'"):
-        train(run_config(config))
 
 
 # Values

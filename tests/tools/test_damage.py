@@ -16,24 +16,17 @@ from safetensors.torch import load_file, save_file
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.data import load_tokenizer
-from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.stages import run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import composed, recipe, small_world
+from tests.pipeline.recipe import composed, recipe
 from tests.pipeline.tool import run_tool, started
 
 Edit = Callable[[Path], object]
 ROLES = ("reference", "positive", "negative")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    quiet.after_imports()
-    return small_world(tmp_path_factory.mktemp("tiny") / "world")
 
 
 @pytest.fixture(scope="module")
