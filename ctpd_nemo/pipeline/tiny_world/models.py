@@ -19,8 +19,7 @@ _HEADS = 4
 _QUERY_GROUPS = 2
 _MAX_POSITIONS = 512
 
-# Narrow models learn faster from larger first weights than the 0.02 of transformers: after 400 SFT steps of 64 pairs at
-# 4e-3, the default student answers 65% of 300 test prompts with 0.06, and 49% with 0.02 (one run each).
+# Narrow models learn faster from larger first weights than the 0.02 of transformers.
 _INITIAL_STD = 0.06
 
 
