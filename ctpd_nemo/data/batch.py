@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctpd_nemo.data.encode import EncodedPair, Responses, SideName, SideTokens
-from ctpd_nemo.data.packing import round_up
+from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.errors import InputError
 
 Float32Array = NDArray[np.float32]
@@ -140,6 +140,7 @@ def build_microbatch(
     responses: Responses = ("chosen", "rejected"),
     scores: SpanScores | None = None,
     pad_to_multiple: int = 1,
+    sequence_multiple: int = 1,
     padding: str = "packed",
 ) -> Microbatch:
     """Lay the responses of pairs end to end, the responses of a pair one after the other.
@@ -151,7 +152,9 @@ def build_microbatch(
         responses: Both responses of every pair, or the chosen ones alone.
         scores: Span scores by pair id; without them reference log-probs are 0 and weights 1.
         pad_to_multiple: T is a multiple of this (sequence parallelism, FP8).
-        padding: "packed" pads the last sequence up to that multiple, "padded" every sequence to one length.
+        sequence_multiple: The length of every sequence is a multiple of this (context parallelism).
+        padding: "packed" pads the last sequence on, until T is a multiple of both; "padded" pads every sequence to
+            one length that is.
 
     Raises:
         InputError: The scores of a pair are of another number of spans.
@@ -161,11 +164,12 @@ def build_microbatch(
     if padding not in ("packed", "padded"):
         raise ValueError(f"padding is {padding!r}, not 'packed' or 'padded'")
     sequences = [response.side(side) for pair in pairs for response in pair.responses(responses)]
-    lengths = np.array([len(sequence) for sequence in sequences])
+    lengths = np.array([round_up(len(sequence), sequence_multiple) for sequence in sequences])
+    multiple = whole_multiple(pad_to_multiple, sequence_multiple)
     if padding == "padded":
-        lengths[:] = round_up(int(lengths.max()), pad_to_multiple)
+        lengths[:] = round_up(int(lengths.max()), multiple)
     else:
-        lengths[-1] += round_up(int(lengths.sum()), pad_to_multiple) - lengths.sum()
+        lengths[-1] += round_up(int(lengths.sum()), multiple) - lengths.sum()
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     return _lay_out(pairs, sequences, bounds, pad_token_id, responses, scores)
 

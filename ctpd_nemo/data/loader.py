@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ctpd_nemo.data.batch import Microbatch, SpanScores, build_microbatch
 from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
-from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, split_by_rank
+from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, split_by_rank, whole_multiple
 from ctpd_nemo.data.preferences import PreferenceDataset
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
@@ -33,6 +33,7 @@ class Batching:
         responses: Both responses, or the chosen ones alone (SFT).
         padding: "packed" or "padded"; see ``build_microbatch``.
         pad_to_multiple: The tokens of every microbatch are a multiple of this.
+        sequence_multiple: The tokens of every sequence are a multiple of this, padding included.
     """
 
     microbatch_tokens: int
@@ -41,6 +42,12 @@ class Batching:
     responses: Responses = ("chosen", "rejected")
     padding: str = "packed"
     pad_to_multiple: int = 1
+    sequence_multiple: int = 1
+
+    @property
+    def whole_multiple(self) -> int:
+        """What the tokens of a microbatch are a multiple of: both."""
+        return whole_multiple(self.pad_to_multiple, self.sequence_multiple)
 
 
 @dataclass
@@ -119,7 +126,9 @@ class StepDataset(Dataset[StepBatch | InputError]):
         dp_rank: int = 0,
         dp_size: int = 1,
     ) -> None:
-        check_budget(batching.microbatch_tokens, encoder.max_length, batching.pad_to_multiple)
+        check_budget(
+            batching.microbatch_tokens, encoder.max_length, batching.pad_to_multiple, batching.sequence_multiple
+        )
         if plan.n_pairs != len(dataset):
             raise ValueError(f"a plan for {plan.n_pairs} pairs and a dataset of {len(dataset)}")
         if not 0 <= dp_rank < dp_size:
@@ -168,18 +177,20 @@ class StepDataset(Dataset[StepBatch | InputError]):
         if batching.padding == "packed":
             groups = pack(lengths_PSR.sum(axis=2).max(axis=1), batching.microbatch_tokens)
         else:
-            longest_P = [round_up(length, batching.pad_to_multiple) for length in lengths_PSR.max(axis=(1, 2)).tolist()]
+            longest_P = [round_up(length, batching.whole_multiple) for length in lengths_PSR.max(axis=(1, 2)).tolist()]
             groups = pack_padded(np.multiply(longest_P, len(batching.responses)), batching.microbatch_tokens)
         return [[pairs[number] for number in group] for group in groups]
 
     def _lengths(self, pair: EncodedPair, side: SideName) -> list[int]:
-        return [len(response.side(side)) for response in pair.responses(self._batching.responses)]
+        """Tokens of a pair's sequences, each with the padding that it always takes along."""
+        multiple = self._batching.sequence_multiple
+        return [round_up(len(response.side(side)), multiple) for response in pair.responses(self._batching.responses)]
 
     def _microbatches(self, groups: list[list[EncodedPair]], side: SideName) -> list[Microbatch]:
         batching = self._batching
         pad = (self._encoder.policy if side == "policy" else self._encoder.reference).pad_token_id
         if not groups:
-            return [Microbatch.filler(batching.pad_to_multiple, pad)]
+            return [Microbatch.filler(batching.whole_multiple, pad)]
         return [
             build_microbatch(
                 group,
@@ -188,6 +199,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
                 responses=batching.responses,
                 scores=self._scores,
                 pad_to_multiple=batching.pad_to_multiple,
+                sequence_multiple=batching.sequence_multiple,
                 padding=batching.padding,
             )
             for group in groups

@@ -3,6 +3,7 @@
 The answers depend on the arguments alone, so all ranks agree without asking each other.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,18 +17,25 @@ def round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def check_budget(budget: int, max_length: int, pad_to_multiple: int) -> None:
+def whole_multiple(pad_to_multiple: int, sequence_multiple: int) -> int:
+    """What the tokens of a microbatch are a multiple of, where its sequences are multiples of ``sequence_multiple``."""
+    return math.lcm(pad_to_multiple, sequence_multiple)
+
+
+def check_budget(budget: int, max_length: int, pad_to_multiple: int, sequence_multiple: int = 1) -> None:
     """Stop where a pair that passes the length limit could not fit a microbatch.
 
     Raises:
-        InputError: The budget is under two padded sequences of ``max_length``, or no multiple of ``pad_to_multiple``.
+        InputError: The budget is under two padded sequences of ``max_length``, or no multiple of what microbatches are
+            padded to.
     """
     place = "data.microbatch_tokens"
-    least = 2 * round_up(max_length, pad_to_multiple)
+    multiple = whole_multiple(pad_to_multiple, sequence_multiple)
+    least = 2 * round_up(max_length, multiple)
     if budget < least:
         raise InputError(place, str(budget), f"at least {least}: two sequences of max_length {max_length}, padded")
-    if budget % pad_to_multiple:
-        raise InputError(place, str(budget), f"a multiple of {pad_to_multiple}, to which microbatches are padded")
+    if budget % multiple:
+        raise InputError(place, str(budget), f"a multiple of {multiple}, to which microbatches are padded")
 
 
 def pack(lengths: ArrayLike, budget: int) -> list[list[int]]:

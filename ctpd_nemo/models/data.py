@@ -99,7 +99,9 @@ class RunData:
             online=online,
             responses=responses,
             padding=run.data.packing,  # type: ignore[arg-type]
-            pad_to_multiple=parallel.tensor if parallel.sequence else 1,
+            pad_to_multiple=parallel.tensor * parallel.context if parallel.sequence else 1,
+            # A context-parallel rank takes two of a sequence's 2 x context equal parts, one from either end.
+            sequence_multiple=2 * parallel.context if parallel.context > 1 else 1,
         )
         if not run.data.train:
             raise InputError("data.train", "no files", "one or more preference files")
@@ -158,7 +160,7 @@ class RunData:
     def filler(self, side: SideName = "policy") -> Microbatch:
         """A microbatch without pairs."""
         pad = (self.encoder.policy if side == "policy" else self.encoder.reference).pad_token_id
-        return Microbatch.filler(self.batching.pad_to_multiple, pad)
+        return Microbatch.filler(self.batching.whole_multiple, pad)
 
     def fingerprints(self) -> dict[str, str]:
         """What the order and content of the training data depend on, by name."""

@@ -1,5 +1,6 @@
 """One scoring job: frozen models over preference pairs, into a span score cache."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.data.loader import Batching, StepDataset, StepLoader
+from ctpd_nemo.data.loader import StepDataset, StepLoader
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
@@ -72,12 +73,7 @@ def score(run: RunConfig) -> Path:
 
 
 def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int]) -> StepLoader:
-    batching = Batching(
-        data.run.data.microbatch_tokens,
-        side="reference",
-        padding=data.run.data.packing,  # type: ignore[arg-type]
-        pad_to_multiple=data.batching.pad_to_multiple,
-    )
+    batching = dataclasses.replace(data.batching, side="reference")
     plan = StepPlan.in_order(len(data.train), pairs_per_shard)
     return StepLoader(
         StepDataset(data.train, data.encoder, plan, batching),  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder, SideTokens
 from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.errors import InputError
 
@@ -66,22 +69,30 @@ def token_by_token(
     return out
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
+@pytest.mark.parametrize(("multiple", "sequence_multiple"), [(1, 1), (16, 1), (1, 4), (6, 4)])
 @pytest.mark.parametrize("padding", ["packed", "padded"])
 @pytest.mark.parametrize("side", ["policy", "reference"])
 @pytest.mark.parametrize("responses", [BOTH, ("chosen",)])
 def test_buffers_equal_a_construction_token_by_token(
-    multiple: int, padding: Any, side: Any, responses: Any, pairs: list[EncodedPair]
+    multiple: int, sequence_multiple: int, padding: Any, side: Any, responses: Any, pairs: list[EncodedPair]
 ) -> None:
+    both = math.lcm(multiple, sequence_multiple)
+
     def width(lengths: list[int], number: int) -> int:
         if padding == "padded":
-            return -(-max(lengths) // multiple) * multiple
-        tail = -sum(lengths) % multiple if number == len(lengths) - 1 else 0
-        return lengths[number] + tail
+            return -(-max(lengths) // both) * both
+        each = [length + -length % sequence_multiple for length in lengths]
+        return each[number] + (-sum(each) % both if number == len(lengths) - 1 else 0)
 
     expected = token_by_token(pairs, side, responses, width)
     built = build_microbatch(
-        pairs, pad_token_id=99, side=side, responses=responses, pad_to_multiple=multiple, padding=padding
+        pairs,
+        pad_token_id=99,
+        side=side,
+        responses=responses,
+        pad_to_multiple=multiple,
+        sequence_multiple=sequence_multiple,
+        padding=padding,
     )
     for name in FIELDS:
         if name not in ("span_weights", "reference_logprobs"):
@@ -89,7 +100,7 @@ def test_buffers_equal_a_construction_token_by_token(
     assert built.span_weights.tolist() == [1.0] * built.num_spans
     assert built.reference_logprobs.tolist() == [0.0] * built.num_spans
     assert built.num_tokens == len(expected["tokens"])
-    assert built.num_tokens % multiple == 0
+    assert built.num_tokens % both == 0
     assert built.num_pairs == len(pairs)
     assert built.num_responses == len(pairs) * len(responses)
     assert built.max_seqlen == max(np.diff(expected["cu_seqlens"]))
@@ -98,6 +109,53 @@ def test_buffers_equal_a_construction_token_by_token(
         floats = name in ("span_weights", "reference_logprobs")
         dtype = torch.float32 if floats else torch.int32 if name in int32 else torch.int64
         assert getattr(built, name).dtype == dtype
+
+
+def made_pair(index: int, lengths: list[tuple[int, int]]) -> EncodedPair:
+    """A pair of tokens 1, 2, 3, ...; ``lengths`` are of prompt and response, chosen and rejected."""
+
+    def response(n_prompt: int, n_response: int) -> EncodedResponse:
+        ids = np.arange(1, n_prompt + n_response + 1, dtype=np.int32)
+        tokens = SideTokens(ids[:n_prompt], ids[n_prompt:], np.arange(n_response, dtype=np.int32))
+        return EncodedResponse(tokens, tokens, np.arange(n_response + 1), n_response, False)
+
+    return EncodedPair(index, f"made-{index}", *(response(*pair) for pair in lengths))
+
+
+sizes = st.tuples(st.integers(1, 20), st.integers(1, 20))
+
+
+@given(
+    st.lists(st.tuples(sizes, sizes), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 8, 12]),
+    st.sampled_from([1, 2, 4, 16]),
+    st.sampled_from(["packed", "padded"]),
+)
+def test_padding_belongs_to_its_sequence_and_to_no_loss(
+    lengths: list[Any], multiple: int, sequence_multiple: int, padding: str
+) -> None:
+    pairs = [made_pair(number, list(pair)) for number, pair in enumerate(lengths)]
+    built = build_microbatch(
+        pairs, pad_token_id=0, pad_to_multiple=multiple, sequence_multiple=sequence_multiple, padding=padding
+    )
+    widths = np.diff(built.cu_seqlens)
+    assert (widths % sequence_multiple == 0).all()
+    assert built.num_tokens % multiple == 0
+    for (begin, end), (n_prompt, n_response) in zip(
+        zip(built.cu_seqlens[:-1].tolist(), built.cu_seqlens[1:].tolist(), strict=True),
+        [size for pair in lengths for size in pair],
+        strict=True,
+    ):
+        length = n_prompt + n_response
+        filled = torch.arange(1, end - begin + 1)
+        filled[length:] = 0
+        assert built.tokens[begin:end].equal(filled)
+        assert built.position_ids[begin:end].equal(torch.arange(end - begin))
+        assert (built.labels[begin:end] >= 0).nonzero().flatten().tolist() == list(range(n_prompt - 1, length - 1))
+    if padding == "packed":
+        each = [-(-sum(size) // sequence_multiple) * sequence_multiple for pair in lengths for size in pair]
+        assert widths[:-1].tolist() == each[:-1]
+        assert widths[-1] - each[-1] < math.lcm(multiple, sequence_multiple)
 
 
 def test_padded_and_packed_hold_the_same_labels_and_spans(pairs: list[EncodedPair]) -> None:

@@ -150,6 +150,9 @@ def test_a_pair_that_does_not_fit_is_counted_and_the_batch_is_smaller(
         Batching(300),
         Batching(304, pad_to_multiple=16),
         Batching(304, padding="padded", pad_to_multiple=16),
+        Batching(312, sequence_multiple=4, pad_to_multiple=6),
+        Batching(312, padding="padded", sequence_multiple=4, pad_to_multiple=6),
+        Batching(304, sequence_multiple=8, online=True),
         Batching(300, responses=("chosen",)),
         Batching(300, side="reference"),
         Batching(300, online=True),
@@ -166,6 +169,7 @@ def test_microbatches_keep_to_the_budget_and_hold_every_pair(
         for batch in step.microbatches + step.reference_microbatches:
             assert batch.num_tokens <= batching.microbatch_tokens
             assert batch.num_tokens % batching.pad_to_multiple == 0
+            assert not (batch.cu_seqlens % batching.sequence_multiple).any()
             assert batch.num_responses == len(batching.responses) * batch.num_pairs
         if batching.online:
             for policy, reference in zip(step.microbatches, step.reference_microbatches, strict=True):
@@ -174,7 +178,7 @@ def test_microbatches_keep_to_the_budget_and_hold_every_pair(
                 assert not torch.equal(policy.tokens, reference.tokens)
         else:
             assert step.reference_microbatches == []
-    if batching.padding == "packed" and batching.pad_to_multiple == 1:
+    if batching.padding == "packed" and batching.whole_multiple == 1:
         assert sum(step.stats.padding for step in steps) == 0
 
 
@@ -187,6 +191,9 @@ def test_a_rank_without_a_pair_has_a_filler(dataset: PreferenceDataset, encoder:
     assert [share.microbatches[0].num_pairs for share in shares] == [1, 1, 0]
     assert shares[2].microbatches[0].num_tokens == 16
     assert shares[2].stats == StepStats(padding=16)
+    batching = Batching(312, pad_to_multiple=6, sequence_multiple=4)
+    loader = build_step_loader(dataset, encoder, plan, batching, dp_rank=2, dp_size=3)
+    assert next(iter(loader)).microbatches[0].num_tokens == 12
 
 
 def test_ranks_share_tokens_evenly(dataset: PreferenceDataset, encoder: PairEncoder) -> None:

@@ -82,3 +82,6 @@ def test_a_budget_that_cannot_hold_a_longest_pair_is_refused(budget: int, messag
     with pytest.raises(InputError, match=rf"data\.microbatch_tokens: {message}"):
         check_budget(budget, max_length=100, pad_to_multiple=8)
     check_budget(208, max_length=100, pad_to_multiple=8)
+    check_budget(216, max_length=100, pad_to_multiple=6, sequence_multiple=4)
+    with pytest.raises(InputError, match="found 220; expected a multiple of 12"):
+        check_budget(220, max_length=100, pad_to_multiple=6, sequence_multiple=4)
