@@ -1,12 +1,19 @@
 r"""Token log-probs from hidden states, in chunks, over a vocabulary-parallel output layer.
 
 For hidden states :math:`h_n`, output weight :math:`W` and labels :math:`y_n` the value is
-:math:`\ell_n = z_{n,y_n} - \log\sum_v e^{z_{n,v}}` with :math:`z = hW^\top`; its gradient towards the logits is
-:math:`\partial\ell_n/\partial z_{n,v} = [v = y_n] - e^{z_{n,v} - \log\sum e^z}`. Forward keeps one number a token
-(the log of the sum); backward makes each chunk of logits again. Logits of at most one chunk exist at a time.
+:math:`\ell_n = z_{n,y_n} - \log\sum_v e^{z_{n,v}}` with :math:`z = hW^\top`. With
+:math:`p_{n,v} = e^{z_{n,v} - \log\sum e^z}` and the gradient :math:`g_n` that arrives, span weights folded in,
+
+.. math::
+    \partial L/\partial h_n = g_n \sum_v ([v = y_n] - p_{n,v}) W_v, \qquad
+    \partial L/\partial W_v = \sum_n ([v = y_n] - p_{n,v})\, g_n h_n,
+
+so that :math:`g` scales rows of width H and never the logits. Logits of one chunk of tokens exist at a time, in one
+buffer, in fp32. Forward leaves the last chunk's exponentials in it, where backward begins; it makes the logits of the
+chunks before it again. Where all tokens fit one chunk, nothing is computed twice.
 
 The vocabulary lies in equal shares over the tensor-parallel group. Each rank finds maximum, sum and label logit over
-its share; three all-reduces of one number a token bring them together.
+its share; two all-reduces bring them together.
 """
 
 from typing import Any
@@ -16,13 +23,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits that may exist at once, in elements: 64 MiB in fp32.
-CHUNK_LOGITS = 2**24
+# Logits that may exist at once, in elements, by type of device: 256 MiB on the CPU, 1 GiB on a GPU, where products of
+# fewer tokens would wait for the memory of the weight's gradient.
+CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 
 
-def _chunks(num_tokens: int, vocab: int) -> list[slice]:
-    size = max(1, CHUNK_LOGITS // vocab)
+def _chunks(num_tokens: int, logits: Tensor) -> list[slice]:
+    """As few equal chunks as the buffer allows."""
+    if num_tokens == 0:
+        return []
+    size = -(-num_tokens // -(-num_tokens // len(logits)))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _buffer(num_tokens: int, weight_VH: Tensor) -> Tensor:
+    """Room for the logits of one chunk, fp32 ``[C, V]``."""
+    most = max(1, CHUNK_LOGITS[weight_VH.device.type] // len(weight_VH))
+    return weight_VH.new_empty((min(most, num_tokens), len(weight_VH)), dtype=torch.float32)
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -40,54 +57,88 @@ class _TokenLogProbs(torch.autograd.Function):
         mine_N = (own_N >= 0) & (own_N < len(weight_VH))
         own_N = own_N.masked_fill(~mine_N, 0)
 
-        shape = labels_N.shape
-        max_N, sum_N, label_N = (hidden_NH.new_empty(shape, dtype=torch.float32) for _ in range(3))
-        for part in _chunks(len(labels_N), len(weight_VH)):
-            logits = _logits(hidden_NH[part], weight_VH, real_rows)
-            label_N[part] = logits.gather(1, own_N[part, None]).squeeze(1)
-            max_N[part] = logits.amax(1)
-            sum_N[part] = logits.sub_(max_N[part, None]).exp_().sum(1)
+        max_N, sum_N, label_N = hidden_NH.new_empty((3, len(labels_N)), dtype=torch.float32).unbind()
+        logits = _buffer(len(labels_N), weight_VH)
+        product = _LogitProduct(weight_VH, real_rows)
+        for part in _chunks(len(labels_N), logits):
+            exps = product(hidden_NH[part], logits)
+            label_N[part] = exps.gather(1, own_N[part, None]).squeeze(1)
+            torch.amax(exps, 1, out=max_N[part])
+            torch.sum(exps.sub_(max_N[part, None]).exp_(), 1, out=sum_N[part])
         label_N.masked_fill_(~mine_N, 0.0)
 
+        local_max_N = max_N
         if group is not None and group.size() > 1:
-            local_max_N = max_N.clone()
+            max_N = max_N.clone()
             dist.all_reduce(max_N, dist.ReduceOp.MAX, group)
-            sum_N *= (local_max_N - max_N).exp()
-            dist.all_reduce(sum_N, group=group)
-            dist.all_reduce(label_N, group=group)
+            sums_2N = torch.stack([sum_N * (local_max_N - max_N).exp(), label_N])
+            dist.all_reduce(sums_2N, group=group)
+            sum_N, label_N = sums_2N.unbind()
         lse_N = sum_N.log().add_(max_N)
-        ctx.save_for_backward(hidden_NH, weight_VH, own_N, mine_N, lse_N)
-        ctx.real_rows = real_rows
+        if any(ctx.needs_input_grad):
+            # The buffer is nobody's input or output: saved as it is, it holds the last chunk's exponentials.
+            ctx.logits, ctx.real_rows = logits, real_rows
+            ctx.save_for_backward(hidden_NH, weight_VH, own_N, mine_N, lse_N, local_max_N)
         return label_N - lse_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, own_N, mine_N, lse_N = ctx.saved_tensors
+        hidden_NH, weight_VH, own_N, mine_N, lse_N, local_max_N = ctx.saved_tensors
+        logits = ctx.logits
+        if logits is None:
+            raise RuntimeError("token_logprobs keeps its logits for one backward pass")
+        ctx.logits = None
         grad_hidden_NH = torch.empty_like(hidden_NH)
         # fp32 whatever the weight: chunk after chunk would be rounded away in bf16.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32)
-        grad_label_N = grad_N.masked_fill(~mine_N, 0.0)
-        for part in _chunks(len(own_N), len(weight_VH)):
-            logits = _logits(hidden_NH[part], weight_VH, ctx.real_rows)
-            grad_logits = logits.sub_(lse_N[part, None]).exp_().mul_(-grad_N[part, None])
-            grad_logits.scatter_add_(1, own_N[part, None], grad_label_N[part, None])
-            grad_logits = grad_logits.to(weight_VH.dtype)
-            torch.mm(grad_logits, weight_VH, out=grad_hidden_NH[part])
-            if grad_logits.dtype == torch.float32:
-                grad_weight_VH.addmm_(grad_logits.t(), hidden_NH[part])
+        # Both gradients are of probabilities less one at the label, so everything carries a minus.
+        scale_N1 = grad_N.neg()[:, None]
+        one_N1 = mine_N.float().neg()[:, None]
+        product = _LogitProduct(weight_VH, ctx.real_rows)
+        parts = _chunks(len(own_N), logits)
+        for part in reversed(parts):
+            if part is parts[-1]:
+                probs = logits[: part.stop - part.start].mul_((local_max_N - lse_N)[part, None].exp())
             else:
-                grad_weight_VH += torch.mm(grad_logits.t(), hidden_NH[part])
+                probs = product(hidden_NH[part], logits).sub_(lse_N[part, None]).exp_()
+            probs = probs.scatter_add_(1, own_N[part, None], one_N1[part]).to(weight_VH.dtype)
+            torch.mm(probs, weight_VH, out=grad_hidden_NH[part])
+            _accumulate(grad_weight_VH, probs, (hidden_NH[part] * scale_N1[part]).to(weight_VH.dtype))
+        grad_hidden_NH *= scale_N1.to(hidden_NH.dtype)
         return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, real_rows: int) -> Tensor:
-    """fp32 ``[C, V]``; rows of the weight that only pad the vocabulary get no probability."""
-    logits = torch.mm(hidden_CH, weight_VH.t()).float()
-    if real_rows < len(weight_VH):
-        # Finite: on a rank whose rows are all padding, minus infinity less its maximum would be no number.
-        logits[:, real_rows:] = torch.finfo(torch.float32).min
-    return logits
+class _LogitProduct:
+    """``hidden @ weight.T`` into a buffer, in fp32 whatever the inputs: rounded to bf16 a logit is off by up to 0.4 %."""
+
+    def __init__(self, weight_VH: Tensor, real_rows: int) -> None:
+        self.real_rows = real_rows
+        # Only CUDA has a product of bf16 with an fp32 result.
+        self.on_cpu = weight_VH.device.type == "cpu"
+        self.weight_HV = (weight_VH.float() if self.on_cpu else weight_VH).t()
+
+    def __call__(self, hidden_CH: Tensor, out: Tensor) -> Tensor:
+        """fp32 ``[C, V]``, a view of ``out``; rows of the weight that only pad the vocabulary get no probability."""
+        logits = out[: len(hidden_CH)]
+        if self.on_cpu or hidden_CH.dtype == torch.float32:
+            torch.mm(hidden_CH.float(), self.weight_HV, out=logits)
+        else:
+            torch.mm(hidden_CH, self.weight_HV, out_dtype=torch.float32, out=logits)
+        if self.real_rows < logits.shape[1]:
+            # Finite: on a rank whose rows are all padding, minus infinity less its maximum would be no number.
+            logits[:, self.real_rows :] = torch.finfo(torch.float32).min
+        return logits
+
+
+def _accumulate(total_VH: Tensor, probs_CV: Tensor, scaled_CH: Tensor) -> None:
+    """Add ``probs.T @ scaled`` to an fp32 total."""
+    if scaled_CH.dtype == torch.float32:
+        total_VH.addmm_(probs_CV.t(), scaled_CH)
+    elif total_VH.is_cuda:
+        torch.addmm(total_VH, probs_CV.t(), scaled_CH, out_dtype=torch.float32, out=total_VH)
+    else:
+        total_VH += torch.mm(probs_CV.t(), scaled_CH)
 
 
 def token_logprobs(
