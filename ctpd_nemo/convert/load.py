@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
@@ -57,7 +58,14 @@ def load_hf_weights(
         _check_parameters(parameters, chunk, architecture, str(folder))
         tp_rank, tp_size = get_pg_rank(chunk.pg_collection.tp), get_pg_size(chunk.pg_collection.tp)
         for name, parameter in parameters.items():
-            fill_parameter(parameter.data, name, architecture, reader, tp_rank, tp_size)
+            if is_float8tensor(parameter):
+                # Rows of a quantized tensor cannot be written alone: its scales are of the whole.
+                whole = torch.empty(parameter.shape, dtype=chunk.config.params_dtype, device=parameter.device)
+                fill_parameter(whole, name, architecture, reader, tp_rank, tp_size)
+                with torch.no_grad():
+                    parameter.copy_(whole)
+            else:
+                fill_parameter(parameter.data, name, architecture, reader, tp_rank, tp_size)
     if reader.ignored:
         _logger.info("%s: %d tensors not needed: %s", folder, len(reader.ignored), ", ".join(reader.ignored))
     return reader.ignored

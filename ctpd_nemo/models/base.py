@@ -76,13 +76,12 @@ class MegatronModel(ModelPT):
         self._validation_stats = StepStats()
 
     @abstractmethod
-    def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+    def microbatch_loss(self, policy_S: Tensor, microbatch: Microbatch) -> StepLoss:
         """The loss of one microbatch, computed on the last pipeline stage.
 
         Args:
-            logprobs_N: Log-probs of the response tokens under the policy, fp32.
-            span_N: The span of each of these tokens, int64.
-            microbatch: The rest: spans, weights, reference, pairs.
+            policy_S: Log-prob of each span under the policy, fp32 ``[num_spans]``.
+            microbatch: The rest: weights, reference, pairs, and which response each span is of.
         """
 
     def prepare_step(self, batch: StepBatch) -> None:
@@ -147,7 +146,7 @@ class MegatronModel(ModelPT):
             "method": repr(values),
             "optim": repr(vars(self.run.optim)),
             "steps": str(self.run_data.total_steps),
-            "precision": self.run.precision.dtype,
+            "precision": self.run.precision.name,
             **self.run_data.fingerprints(),
         }
 

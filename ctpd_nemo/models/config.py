@@ -5,9 +5,9 @@ from typing import Any
 
 from ctpd_nemo.data.config import DataConfig
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.gpt import PrecisionConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 @dataclass
@@ -98,7 +98,7 @@ class RunConfig:
             raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
         self.parallel.check(world_size)
         self.optim.check()
-        self.precision.torch_dtype()
+        self.precision.check()
         self.trainer.check()
 
     def policy_side(self) -> SideConfig:

@@ -99,7 +99,7 @@ class RunData:
             online=online,
             responses=responses,
             padding=run.data.packing,  # type: ignore[arg-type]
-            pad_to_multiple=parallel.tensor * parallel.context if parallel.sequence else 1,
+            pad_to_multiple=parallel.token_shares() * run.precision.token_multiple,
             # A context-parallel rank takes two of a sequence's 2 x context equal parts, one from either end.
             sequence_multiple=2 * parallel.context if parallel.context > 1 else 1,
         )

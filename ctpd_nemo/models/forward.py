@@ -20,6 +20,8 @@ from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.encode import SKIP_REASONS
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.losses.logprobs import token_logprobs
+from ctpd_nemo.losses.spans import sum_by
+from ctpd_nemo.parallel.context import held_tokens
 
 
 @dataclass
@@ -34,13 +36,13 @@ class StepLoss:
     """
 
     total: Tensor
-    count: int
+    count: int | Tensor
     sums: dict[str, Tensor] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
 
 
-# (log-probs of the response tokens fp32 [N], span of each int64 [N], microbatch) -> loss
-LossFunction = Callable[[Tensor, Tensor, Microbatch], StepLoss]
+# (log-prob of each span fp32 [S], microbatch) -> loss
+LossFunction = Callable[[Tensor, Microbatch], StepLoss]
 
 
 def packed_seq_params(microbatch: Microbatch) -> PackedSeqParams:
@@ -61,23 +63,40 @@ def output_weight(model: GPTModel) -> Tensor:
     return model.output_layer.weight
 
 
-def response_logprobs(
-    model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens, at the positions that predict them.
+def span_logprobs(model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int) -> Tensor:
+    """The log-prob of each span of a microbatch: the sum over its tokens, wherever the context-parallel group has them.
+
+    Args:
+        model: The chunk with the output layer.
+        hidden_1TH: What the chunk returned: hidden states of the tokens that this rank holds.
+        microbatch: All of it.
+        vocab_size: Rows of the output layer that are vocabulary.
 
     Returns:
-        Log-probs fp32 ``[N]`` and the span of each, int64 ``[N]``.
+        fp32 ``[num_spans]``, equal on every rank of the tensor- and context-parallel groups; the gradient reaches the
+        tokens that this rank holds.
     """
-    position_N = (microbatch.labels >= 0).nonzero().squeeze(1)
+    labels_T, span_T = (_held(microbatch, field) for field in (microbatch.labels, microbatch.span_ids))
+    position_N = (labels_T >= 0).nonzero().squeeze(1)
     logprobs_N = token_logprobs(
         hidden_1TH[0].index_select(0, position_N),
         output_weight(model),
-        microbatch.labels[position_N],
+        labels_T[position_N],
         vocab_size,
         parallel_state.get_tensor_model_parallel_group(),
     )
-    return logprobs_N, microbatch.span_ids[position_N].long()
+    return sum_by(
+        logprobs_N, span_T[position_N].long(), microbatch.num_spans, parallel_state.get_context_parallel_group()
+    )
+
+
+def _held(microbatch: Microbatch, field_T: Tensor) -> Tensor:
+    """The part of a field that belongs to the tokens this rank holds."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return field_T
+    rank = parallel_state.get_context_parallel_rank()
+    return field_T[held_tokens(microbatch.cu_seqlens, microbatch.num_tokens, size, rank)]
 
 
 def run_microbatches(
@@ -97,22 +116,24 @@ def run_microbatches(
     """
 
     def finish(model: GPTModel, microbatch: Microbatch, hidden_1TH: Tensor) -> tuple[Tensor, Tensor, StepLoss]:
-        loss = evaluate(*response_logprobs(model, hidden_1TH, microbatch, vocab_size), microbatch)
-        count = torch.tensor(loss.count, dtype=torch.int, device=device)
+        loss = evaluate(span_logprobs(model, hidden_1TH, microbatch, vocab_size), microbatch)
+        # Context-parallel ranks have the same loss, each with its tokens' share of the gradient: it is counted once.
+        counted = parallel_state.get_context_parallel_rank() == 0
+        count = torch.as_tensor(loss.count if counted else 0, dtype=torch.int, device=device)
         total, loss.total = loss.total, loss.total.detach()
         return total, count, loss
 
     def forward_step(batches: Iterator[Microbatch], model: MegatronModule) -> tuple[Tensor, Any]:
         microbatch = next(batches)
         output = model(
-            microbatch.tokens[None],
-            microbatch.position_ids[None],
+            _held(microbatch, microbatch.tokens)[None],
+            _held(microbatch, microbatch.position_ids)[None],
             None,
             packed_seq_params=packed_seq_params(microbatch),
         )
         return output, partial(finish, unwrap_model(model), microbatch)
 
-    run = [*microbatches, *_missing_of_group(len(microbatches), device)]
+    run = [*microbatches, *_missing_of_group(microbatches, device)]
     batches = [iter(run) for _ in chunks]
     with torch.set_grad_enabled(not forward_only):
         results = get_forward_backward_func()(
@@ -128,16 +149,16 @@ def run_microbatches(
     return results[: len(microbatches)]
 
 
-def _missing_of_group(num_microbatches: int, device: torch.device) -> list[Microbatch]:
+def _missing_of_group(microbatches: Sequence[Microbatch], device: torch.device) -> list[Microbatch]:
     """Empty microbatches that complete the last group of an interleaved schedule; none for the other schedules.
 
     With virtual stages Megatron-Core goes through microbatches in groups of as many as there are pipeline stages.
     """
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
         return []
-    missing = -num_microbatches % parallel_state.get_pipeline_model_parallel_world_size()
-    # As many tokens as tensor-parallel ranks: sequence parallelism gives each a share.
-    num_tokens = parallel_state.get_tensor_model_parallel_world_size()
+    missing = -len(microbatches) % parallel_state.get_pipeline_model_parallel_world_size()
+    # As many tokens as one of the others: a number that the layout and the precision can share out.
+    num_tokens = min(microbatch.num_tokens for microbatch in microbatches)
     return [Microbatch.filler(num_tokens, pad_token_id=0).to(device) for _ in range(missing)]
 
 

@@ -1,6 +1,5 @@
 """A Megatron-Core GPT model from an architecture, a layout and a precision."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +18,7 @@ from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.layers import block_spec, layer_spec, transformer_engine_available
 from ctpd_nemo.parallel.layout import ParallelConfig
-
-
-@dataclass
-class PrecisionConfig:
-    """Number formats of weights and activations; gradients and optimizer state are fp32.
-
-    Attributes:
-        dtype: "fp32" or "bf16".
-    """
-
-    dtype: str = "bf16"
-
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype of weights and activations."""
-        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-        if self.dtype not in dtypes:
-            raise InputError("precision.dtype", repr(self.dtype), " or ".join(dtypes))
-        return dtypes[self.dtype]
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 class HiddenStateOutput(ColumnParallelLinear):
@@ -63,15 +45,18 @@ def _leave_empty(weight: Tensor) -> Tensor:
 
 
 def transformer_config(
-    architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, use_transformer_engine: bool
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    use_transformer_engine: bool,
+    frozen: bool = False,
 ) -> TransformerConfig:
-    """Megatron-Core's config of a dense decoder.
+    """Megatron-Core's config of a dense decoder; ``frozen`` weights never change.
 
     Raises:
         InputError: The sizes do not divide.
     """
-    _check_divisible(architecture, parallel)
-    dtype = precision.torch_dtype()
+    _check_sizes(architecture, parallel, precision)
     window = architecture.sliding_window
     recompute: dict[str, Any] = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
     if parallel.recompute == "full":
@@ -98,13 +83,11 @@ def transformer_config(
         init_method=_leave_empty,
         output_layer_init_method=_leave_empty,
         embedding_init_method=_leave_empty,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
+        cp_comm_type=parallel.context_communication,
         sequence_parallel=parallel.sequence,
         # Losses are sums; one division by the number of pairs (or tokens) of the whole batch follows, whatever the
         # microbatches and ranks they came in.
@@ -122,11 +105,12 @@ def transformer_config(
         masked_softmax_fusion=use_transformer_engine,
         apply_rope_fusion=use_transformer_engine,
         gradient_accumulation_fusion=False,
+        **precision.megatron_arguments(frozen),
         **recompute,
     )
 
 
-def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> None:
+def _check_sizes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if architecture.num_layers % chunks:
         raise InputError(
@@ -141,6 +125,17 @@ def _check_divisible(architecture: Architecture, parallel: ParallelConfig) -> No
                 f"{parallel.tensor} for a model of {what} {getattr(architecture, what)}",
                 f"a size that divides {what}",
             )
+    if parallel.context > 1 and parallel.context_communication == "a2a":
+        groups = architecture.num_query_groups // parallel.tensor
+        if groups % parallel.context:
+            found = f"{parallel.context} with {groups} key and value heads a tensor-parallel rank"
+            raise InputError("parallel.context", found, "a size that divides them, or context_communication p2p")
+    if parallel.context > 1 and parallel.context_communication == "p2p" and architecture.sliding_window is not None:
+        raise InputError("parallel.context_communication", "p2p for a model with a sliding window", "a2a")
+    query_width = architecture.num_attention_heads * architecture.head_dim
+    precision.check_width("hidden_size", architecture.hidden_size, 1)
+    precision.check_width("the width of all query heads", query_width, parallel.tensor)
+    precision.check_width("ffn_hidden_size", architecture.ffn_hidden_size, parallel.tensor)
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -148,17 +143,26 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
-def build_gpt(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> list[GPTModel]:
+def build_gpt(
+    architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, frozen: bool = False
+) -> list[GPTModel]:
     """The model chunks of this rank, on its device, weights not yet set.
+
+    Args:
+        architecture: The model.
+        parallel: The layout; process groups must be there.
+        precision: Number formats.
+        frozen: The weights will never change; they may be held in a format that cannot be trained.
 
     Returns:
         One ``GPTModel``, or one a virtual pipeline stage; forward of the last one returns hidden states ``[1, T, H]``.
 
     Raises:
-        InputError: The sizes of architecture and layout do not fit.
+        InputError: The sizes of architecture, layout and formats do not fit, or the machine lacks the formats.
     """
+    precision.check_device()
     use_te = transformer_engine_available()
-    config = transformer_config(architecture, parallel, precision, use_te)
+    config = transformer_config(architecture, parallel, precision, use_te, frozen)
     layer = layer_spec(architecture.qk_norm, use_te)
     chunks = parallel.virtual_pipeline or 1
     block = block_spec(layer, architecture.num_layers // (parallel.pipeline * chunks), use_te)
@@ -195,4 +199,4 @@ def _build_chunk(
     if model.post_process:
         # Nothing of the layer changes but what its forward returns, so parameters and checkpoint keys stay Megatron's.
         model.output_layer.__class__ = HiddenStateOutput
-    return model.to(dtype=config.params_dtype) if config.bf16 else model
+    return model

@@ -34,9 +34,8 @@ class PreferenceModel(MegatronModel):
         """The preferred and the other response of each pair, int32 ``[P]``."""
         return microbatch.chosen, microbatch.rejected
 
-    def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+    def microbatch_loss(self, policy_S: Tensor, microbatch: Microbatch) -> StepLoss:
         """The sum of the pairs' losses; counted in pairs."""
-        policy_S = sum_by(logprobs_N, span_N, microbatch.num_spans)
         response_S = microbatch.span_response.long()
         preferred_P, other_P = (end.long() for end in self.pair_ends(microbatch))
         loss = preference_loss(

@@ -22,8 +22,8 @@ class SFT(MegatronModel):
     metric_names = ("loss",)
     shown_metrics = ("loss",)
 
-    def microbatch_loss(self, logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
+    def microbatch_loss(self, policy_S: Tensor, microbatch: Microbatch) -> StepLoss:
         """Minus the sum of the log-probs; counted in tokens."""
-        total = -logprobs_N.sum()
-        count = len(logprobs_N)
+        total = -policy_S.sum()
+        count = (microbatch.labels >= 0).sum()
         return StepLoss(total, count, {"loss": total.detach()}, {"loss": count})

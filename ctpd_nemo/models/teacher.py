@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.losses.spans import sum_by
 from ctpd_nemo.models.forward import StepLoss, run_microbatches
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, local_device
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 class FrozenModel:
@@ -27,7 +28,8 @@ class FrozenModel:
             InputError: The folder cannot be used.
         """
         self.architecture = read_architecture(path)
-        self.chunks = build_gpt(self.architecture, parallel, precision)
+        with torch.no_grad():  # Transformer Engine then keeps no copy of FP8 weights for a backward pass
+            self.chunks = build_gpt(self.architecture, parallel, precision, frozen=True)
         load_hf_weights(self.chunks, path, self.architecture)
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
@@ -39,9 +41,9 @@ class FrozenModel:
         """
         spans: list[Tensor] = []
 
-        def collect(logprobs_N: Tensor, span_N: Tensor, microbatch: Microbatch) -> StepLoss:
-            spans.append(sum_by(logprobs_N, span_N, microbatch.num_spans))
-            return StepLoss(total=logprobs_N.sum(), count=0)
+        def collect(logprob_S: Tensor, microbatch: Microbatch) -> StepLoss:
+            spans.append(logprob_S)
+            return StepLoss(total=logprob_S.sum(), count=0)
 
         run_microbatches(self.chunks, microbatches, self.architecture.vocab_size, collect, True, local_device())
         return spans[: len(microbatches)]

@@ -3,14 +3,22 @@
 Sequences are packed end to end (THD) exactly as on Transformer Engine; each attends to itself only. The block-diagonal
 product is computed as a batch: sequences are gathered into ``[sequences, longest, heads, head_dim]`` and go through
 ``scaled_dot_product_attention``. Padding sits behind each sequence, where the causal mask already hides it.
+
+Under context parallelism every rank gathers the whole sequences and keeps the rows of its own tokens: as much work on
+each rank as without. It is here so that the arithmetic around it runs where Transformer Engine, whose ring attention
+shares the work out, does not.
 """
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+
+from ctpd_nemo.parallel.context import held_tokens, order_of_all
 
 
 class PackedAttention(torch.nn.Module):
@@ -27,12 +35,14 @@ class PackedAttention(torch.nn.Module):
         attn_mask_type: AttnMaskType,
         attention_type: str,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
             raise ValueError(f"attention_dropout is {config.attention_dropout}; the local attention has none")
         self.softmax_scale = softmax_scale
+        self.context_group = None if pg_collection is None else pg_collection.cp
         self.window = None if config.window_size is None else config.window_size[0] + 1
 
     def forward(
@@ -48,7 +58,7 @@ class PackedAttention(torch.nn.Module):
         """Attend within each packed sequence.
 
         Args:
-            query: ``[T, heads, head_dim]``.
+            query: ``[T, heads, head_dim]``; under context parallelism the tokens that this rank holds.
             key: ``[T, groups, head_dim]``; ``heads`` is a multiple of ``groups``.
             value: Shaped as ``key``.
             attention_mask: Unused; ``packed_seq_params`` says all there is to say.
@@ -60,6 +70,21 @@ class PackedAttention(torch.nn.Module):
             ``[T, heads * head_dim]``.
         """
         assert packed_seq_params is not None, "the local attention takes packed sequences"
+        if self.context_group is None or self.context_group.size() == 1:
+            return self._attend(query, key, value, packed_seq_params)
+        size, cu_seqlens = self.context_group.size(), packed_seq_params.cu_seqlens_q
+        num_tokens = len(query) * size
+        order = order_of_all(cu_seqlens, num_tokens, size)
+
+        def whole(x_Thd: Tensor) -> Tensor:
+            # Named for another region, it does what is needed here: gather forward, reduce-scatter backward.
+            return gather_from_sequence_parallel_region(x_Thd, True, self.context_group).index_select(0, order)
+
+        context = self._attend(whole(query), whole(key), whole(value), packed_seq_params)
+        return context.index_select(0, held_tokens(cu_seqlens, num_tokens, size, self.context_group.rank()))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, packed_seq_params: PackedSeqParams) -> Tensor:
+        """Attention over whole sequences."""
         total, heads, head_dim = query.shape
         cu_seqlens = packed_seq_params.cu_seqlens_q
         lengths = cu_seqlens.diff()

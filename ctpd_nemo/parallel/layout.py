@@ -20,7 +20,8 @@ class ParallelConfig:
         tensor: Tensor-parallel size.
         pipeline: Pipeline-parallel size.
         virtual_pipeline: Model chunks a pipeline stage holds (interleaved schedule); ``None`` for one.
-        context: Context-parallel size; 1, as sequences are not cut over ranks yet.
+        context: Context-parallel size: ranks over which every sequence is cut.
+        context_communication: How those ranks exchange keys and values: "p2p" (a ring) or "a2a" (heads for tokens).
         sequence: Sequence parallelism within the tensor-parallel group.
         distributed_optimizer: Shard optimizer state over the data-parallel group.
         recompute: Activations to recompute in the backward pass: "none", "selective" (core attention) or "full".
@@ -33,6 +34,7 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int | None = None
     context: int = 1
+    context_communication: str = "p2p"
     sequence: bool = False
     distributed_optimizer: bool = True
     recompute: str = "none"
@@ -67,8 +69,12 @@ class ParallelConfig:
             raise InputError(
                 "parallel.overlap_param_gather", "true", "distributed_optimizer and overlap_grad_reduce to be true too"
             )
-        if self.context > 1:
-            raise InputError("parallel.context", str(self.context), "1: sequences are not cut over ranks yet")
+        if self.context_communication not in ("p2p", "a2a"):
+            raise InputError("parallel.context_communication", repr(self.context_communication), "p2p or a2a")
+
+    def token_shares(self) -> int:
+        """Over how many ranks the tokens of a microbatch are cut: each has equally many."""
+        return self.context * (self.tensor if self.sequence else 1)
 
 
 def local_device() -> torch.device:

@@ -46,7 +46,7 @@ def score(run: RunConfig) -> Path:
     initialize(run.parallel, run.seed)
     writer = ScoreWriter(
         cache,
-        score_fingerprints(data, run.precision.dtype),
+        score_fingerprints(data, run.precision.name),
         weights_fingerprints(method.folders()),
         len(data.train),
         method.pairs_per_shard,

@@ -75,7 +75,7 @@ def _open_scores(run: RunConfig, data: RunData, two_sided: bool) -> ScoreReader:
         folders |= {"positive": method.positive, "negative": method.negative}
     return ScoreReader(
         method.scores,
-        score_fingerprints(data, method.scoring_precision or run.precision.dtype),
+        score_fingerprints(data, method.scoring_precision or run.precision.name),
         weights_fingerprints({role: folder for role, folder in folders.items() if folder}),
         method if two_sided else None,
     )

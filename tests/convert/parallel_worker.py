@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel import checkpoint
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 def hidden_states(chunks: list[GPTModel], ids: Tensor, parallel: ParallelConfig, width: int) -> Tensor:

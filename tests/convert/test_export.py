@@ -17,8 +17,9 @@ from ctpd_nemo.convert.export import HFWriter, export_hf, hf_tensors, model_tens
 from ctpd_nemo.convert.layout import EMBEDDING, OUTPUT
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 def imported(folder: Path) -> list[GPTModel]:

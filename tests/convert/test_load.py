@@ -16,8 +16,9 @@ from ctpd_nemo.convert.layout import is_vocabulary, megatron_parameters
 from ctpd_nemo.convert.load import fill_parameter, load_hf_weights
 from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 INDEX = "model.safetensors.index.json"
 

@@ -49,6 +49,7 @@ LAYOUTS = {
     "sp2-recompute-full": Layout(2, {"tensor": 2, "sequence": True, "recompute": "full"}, ("sft", "dpo", "ctpd")),
     "vp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, ("sft", "dpo", "online")),
     "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",)),
+    "cp2": Layout(2, {"context": 2}),
     "tp2pp2": Layout(4, {"tensor": 2, "pipeline": 2}, ("sft", "dpo", "ctpd", "online", "same")),
     "tp2-padded": Layout(2, {"tensor": 2}, packing="padded", slow=True),
     "pp2-padded": Layout(2, {"pipeline": 2}, packing="padded", slow=True),
@@ -64,6 +65,12 @@ LAYOUTS = {
     "tp2pp2vp2-sequence": Layout(4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2, "sequence": True}, slow=True),
     "tp2dp2-sequence": Layout(4, {"tensor": 2, "sequence": True}, slow=True),
     "pp2dp2": Layout(4, {"pipeline": 2}, slow=True),
+    "cp2-same": Layout(2, {"context": 2}, ("same",), slow=True),
+    "cp2-padded": Layout(2, {"context": 2, "recompute": "full"}, packing="padded", slow=True),
+    "tp2cp2-sequence": Layout(4, {"tensor": 2, "context": 2, "sequence": True}, slow=True),
+    "pp2vp2cp2": Layout(4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}, slow=True),
+    "cp2dp2": Layout(4, {"context": 2}, slow=True),
+    "cp4": Layout(4, {"context": 4}, slow=True),
 }
 
 
@@ -121,10 +128,12 @@ def layout_jobs(home: Path, name: str) -> list[dict[str, Any]]:
     for method_name in layout.methods:
         parts = method(home, method_name, cache)
         parts |= {"parallel": layout.parallel, "precision": {"dtype": layout.precision}}
-        # Two longest sequences, or two to three pairs end to end.
+        # Two longest sequences, or two to three pairs end to end; of whole parts, where sequences are cut.
+        budget = (2 if layout.packing == "padded" else 3) * MAX_LENGTH
+        parts_of_a_sequence = 2 * layout.parallel.get("context", 0) or 1
         parts["data"] = {
             "packing": layout.packing,
-            "microbatch_tokens": (2 if layout.packing == "padded" else 3) * MAX_LENGTH,
+            "microbatch_tokens": budget + -budget % parts_of_a_sequence,
         }
         jobs.append(
             job(home, f"{name}/{method_name}", parts, gradients=[0, 1], export=not method_name.startswith("score"))

@@ -10,12 +10,13 @@ from transformers import LlamaConfig, Qwen2Config
 from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import chunk_parameters
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel import checkpoint
 from ctpd_nemo.parallel.checkpoint import TrainState
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, OptimConfig, build_optimizer, wrap_data_parallel
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 _SIZES: dict[str, Any] = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
 _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}

@@ -8,9 +8,10 @@ import torch
 from transformers import Qwen2Config
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, OptimConfig, build_optimizer, wrap_data_parallel
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 @pytest.fixture
