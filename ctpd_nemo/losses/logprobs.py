@@ -110,7 +110,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
 
 class _LogitProduct:
-    """``hidden @ weight.T`` into a buffer, in fp32 whatever the inputs: rounded to bf16 a logit is off by up to 0.4 %."""
+    """``hidden @ weight.T`` into a buffer, in fp32 whatever the inputs: bf16 would round off up to 0.4 % of a logit."""
 
     def __init__(self, weight_VH: Tensor, real_rows: int) -> None:
         self.real_rows = real_rows

@@ -30,6 +30,7 @@ from ctpd_nemo.models.forward import (
 from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wrap_data_parallel
+from ctpd_nemo.parallel.userbuffers import prepare_userbuffers
 
 # Values of a method's config that name a folder.
 _FOLDERS = ("scores", "positive", "negative")
@@ -98,6 +99,8 @@ class MegatronModel(ModelPT):
         """Build this rank's chunks and read its weights; Lightning calls it when the process groups are there."""
         if len(self._chunks):
             return
+        tokens, width = self.run.data.microbatch_tokens, self.architecture.hidden_size
+        prepare_userbuffers(self.run.parallel, self.run.precision, tokens, width)
         gpt = build_gpt(self.architecture, self.run.parallel, self.run.precision)
         load_hf_weights(gpt, self.run_data.policy_path, self.architecture)
         self._chunks.extend(wrap_data_parallel(gpt, self.run.parallel))

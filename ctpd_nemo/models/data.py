@@ -99,7 +99,7 @@ class RunData:
             online=online,
             responses=responses,
             padding=run.data.packing,  # type: ignore[arg-type]
-            pad_to_multiple=parallel.token_shares() * run.precision.token_multiple,
+            pad_to_multiple=_pad_to_multiple(run, online),
             # A context-parallel rank takes two of a sequence's 2 x context equal parts, one from either end.
             sequence_multiple=2 * parallel.context if parallel.context > 1 else 1,
         )
@@ -176,6 +176,24 @@ class RunData:
             **({"scores": self.scores.fingerprint} if self.scores else {}),
             **{f"{name}_weights": fingerprint for name, fingerprint in self.weights.items()},
         }
+
+
+def _pad_to_multiple(run: RunConfig, online: bool) -> int:
+    """What the layout and the number formats can share out: the tokens of a microbatch are a multiple of it.
+
+    Raises:
+        InputError: Communication is to be overlapped, and microbatches cannot all be of one size.
+    """
+    multiple = run.parallel.token_shares() * run.precision.token_multiple
+    if not run.parallel.overlap_tensor:
+        return multiple
+    # Its buffers are of one size, which every microbatch then has.
+    if run.data.microbatch_tokens % multiple:
+        found = f"{run.data.microbatch_tokens} with parallel.overlap_tensor"
+        raise InputError("data.microbatch_tokens", found, f"a multiple of {multiple}")
+    if online:
+        raise InputError("parallel.overlap_tensor", "true with teachers beside the student", "scores from a cache")
+    return run.data.microbatch_tokens
 
 
 def check_vocabulary(side: Side, vocab_size: int, folder: str) -> None:

@@ -47,10 +47,14 @@ LossFunction = Callable[[Tensor, Microbatch], StepLoss]
 
 def packed_seq_params(microbatch: Microbatch) -> PackedSeqParams:
     """Where the sequences of a microbatch begin and end, for attention and rotary embedding."""
+    # Padding belongs to its sequence. Transformer Engine's context-parallel attention asks for both all the same.
+    padded = microbatch.cu_seqlens if parallel_state.get_context_parallel_world_size() > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=microbatch.max_seqlen,
         max_seqlen_kv=microbatch.max_seqlen,
     )

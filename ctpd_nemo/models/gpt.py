@@ -16,7 +16,12 @@ from torch import Tensor
 
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.layers import block_spec, layer_spec, transformer_engine_available
+from ctpd_nemo.parallel.layers import (
+    block_spec,
+    layer_spec,
+    transformer_engine_available,
+    weight_gradients_can_accumulate,
+)
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
 
@@ -104,7 +109,8 @@ def transformer_config(
         bias_dropout_fusion=use_transformer_engine,
         masked_softmax_fusion=use_transformer_engine,
         apply_rope_fusion=use_transformer_engine,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=not frozen and weight_gradients_can_accumulate(),
+        tp_comm_overlap=parallel.overlap_tensor,
         **precision.megatron_arguments(frozen),
         **recompute,
     )

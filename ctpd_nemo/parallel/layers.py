@@ -19,6 +19,11 @@ def transformer_engine_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def weight_gradients_can_accumulate() -> bool:
+    """Whether apex's kernel is there that adds a weight's gradient to the fp32 gradient buffer as it computes it."""
+    return transformer_engine_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def layer_spec(qk_norm: bool, use_transformer_engine: bool) -> ModuleSpec:
     """The spec of one dense decoder layer.
 

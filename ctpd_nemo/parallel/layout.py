@@ -27,6 +27,8 @@ class ParallelConfig:
         recompute: Activations to recompute in the backward pass: "none", "selective" (core attention) or "full".
         overlap_grad_reduce: Reduce gradients while the backward pass goes on.
         overlap_param_gather: Gather parameters while the forward pass goes on; needs the distributed optimizer.
+        overlap_tensor: Exchange activations of tensor parallelism while the products around go on; needs sequence
+            parallelism and Transformer Engine. Every microbatch is filled up to the token budget.
         timeout_minutes: After how long a collective that does not return is an error.
     """
 
@@ -40,6 +42,7 @@ class ParallelConfig:
     recompute: str = "none"
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_tensor: bool = False
     timeout_minutes: int = 30
 
     def check(self, world_size: int) -> None:
@@ -69,6 +72,8 @@ class ParallelConfig:
             raise InputError(
                 "parallel.overlap_param_gather", "true", "distributed_optimizer and overlap_grad_reduce to be true too"
             )
+        if self.overlap_tensor and not self.sequence:
+            raise InputError("parallel.overlap_tensor", "true without parallel.sequence", "sequence parallelism")
         if self.context_communication not in ("p2p", "a2a"):
             raise InputError("parallel.context_communication", repr(self.context_communication), "p2p or a2a")
 

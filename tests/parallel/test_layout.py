@@ -31,7 +31,9 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
         "parallel.overlap_param_gather",
         "true",
     ),
-    ({"context": 2}, 2, "parallel.context", "2"),
+    ({"context": 2}, 3, "parallel", "tensor 1 x pipeline 1 x context 2 = 2 in a world of 3 processes"),
+    ({"context": 2, "context_communication": "ring"}, 2, "parallel.context_communication", "'ring'"),
+    ({"tensor": 2, "overlap_tensor": True}, 2, "parallel.overlap_tensor", "true without parallel.sequence"),
 ]
 
 
