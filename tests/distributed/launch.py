@@ -17,8 +17,8 @@ class LaunchError(AssertionError):
     """A job that failed or did not end; the message has the end of its standard error."""
 
 
-def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> tuple[int, str]:
-    """Run ``worker`` on a file of jobs: one process by itself, several under ``torchrun``.
+def launch(processes: int, jobs_file: Path, timeout: float = 600.0, devices: str = "cpu") -> tuple[int, str]:
+    """Run ``worker`` on a file of jobs: one process by itself, several under ``torchrun``; on "cpu" or "cuda".
 
     Returns:
         The exit status, negative the signal that ended it; the end of what was printed.
@@ -29,6 +29,8 @@ def launch(processes: int, jobs_file: Path, timeout: float = 600.0) -> tuple[int
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONFAULTHANDLER": "1"}
+    if devices == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     log = jobs_file.with_suffix(".log")
     with log.open("w") as output:
         process = subprocess.Popen(
