@@ -1,12 +1,13 @@
 """Span log-probs of Transformer Engine's layers: against ``transformers``, packed against alone, FP8 against bf16."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.models.config import ModelsConfig, RunConfig, SideConfig
@@ -17,7 +18,7 @@ from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
 from tests.gpu.world import MAX_LENGTH, NUM_PAIRS
 
-# Mean difference of a token's log-prob, in nats, and what the log-probs themselves must agree in.
+# Mean difference of a span's log-prob, in nats, and what the log-probs themselves must agree in.
 BF16_TOLERANCE = 0.02
 FP8_TOLERANCE = 0.15
 FP8_CORRELATION = 0.98
@@ -41,33 +42,39 @@ def microbatches(world: Path, name: str, precision: PrecisionConfig, packing: st
 
 
 def scores(world: Path, name: str, precision: PrecisionConfig, packing: str = "packed") -> Tensor:
-    """The log-prob of every token (a span each) of all pairs, by the dataset row of its pair."""
+    """The log-prob of every span of all pairs, in the order of the pairs."""
     batches = microbatches(world, name, precision, packing)
-    scored = FrozenModel(str(world / name), ParallelConfig(), precision).score(batches)
-    rows = {}
+    return in_order(batches, FrozenModel(str(world / name), ParallelConfig(), precision).score(batches))
+
+
+def in_order(batches: list[Microbatch], scored: list[Tensor]) -> Tensor:
+    """Scores of spans in the order of the pairs' rows, however they were packed."""
+    rows: dict[int, Tensor] = {}
     for microbatch, score_S in zip(batches, scored, strict=True):
         sizes = torch.bincount(microbatch.span_response.long(), minlength=microbatch.num_responses).tolist()
-        rows |= dict(zip(microbatch.pair_index.tolist(), _by_pair(score_S.split(sizes)), strict=True))
+        responses = score_S.split(sizes)
+        for row, chosen, rejected in zip(
+            microbatch.pair_index.tolist(), microbatch.chosen.tolist(), microbatch.rejected.tolist(), strict=True
+        ):
+            rows[row] = torch.cat([responses[chosen], responses[rejected]])
     return torch.cat([rows[row] for row in sorted(rows)]).double().cpu()
-
-
-def _by_pair(responses: tuple[Tensor, ...]) -> list[Tensor]:
-    return [torch.cat(responses[at : at + 2]) for at in range(0, len(responses), 2)]
 
 
 def in_transformers(world: Path, name: str) -> Tensor:
     """The same in fp32 by ``transformers``, a sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float32, attn_implementation="eager").cuda()
-    found = []
-    (microbatch,) = microbatches(world, name, PrecisionConfig())
-    with torch.no_grad():
-        for begin, end in zip(microbatch.cu_seqlens[:-1], microbatch.cu_seqlens[1:], strict=True):
-            labels = microbatch.labels[begin:end]
-            every = model(microbatch.tokens[None, begin:end].long()).logits[0].double().log_softmax(-1)
-            at = (labels >= 0).nonzero().squeeze(1)
-            found.append(every[at, labels[at]])
-    pairs = dict(zip(microbatch.pair_index.tolist(), _by_pair(tuple(found)), strict=True))
-    return torch.cat([pairs[row] for row in sorted(pairs)]).cpu()
+    batches = microbatches(world, name, PrecisionConfig())
+    return in_order(batches, [_in_transformers(model, microbatch) for microbatch in batches])
+
+
+@torch.no_grad()
+def _in_transformers(model: PreTrainedModel, microbatch: Microbatch) -> Tensor:
+    score_S = torch.zeros(microbatch.num_spans, dtype=torch.float64, device=microbatch.tokens.device)
+    for begin, end in itertools.pairwise(microbatch.cu_seqlens.tolist()):
+        at = begin + (microbatch.labels[begin:end] >= 0).nonzero().squeeze(1)
+        every = model(microbatch.tokens[None, begin:end]).logits[0].double().log_softmax(-1)
+        score_S.index_add_(0, microbatch.span_ids[at].long(), every[at - begin, microbatch.labels[at]])
+    return score_S
 
 
 @pytest.mark.parametrize("name", ["student", "teacher"])
