@@ -24,6 +24,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -75,6 +75,7 @@ def _torch_for_megatron() -> types.ModuleType:
         torch.cuda,
         {
             "current_device": lambda: _CPU,
+            "current_stream": lambda device=None: None,
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
             # The tracker of random states works on whichever generator these name.

@@ -1,0 +1,146 @@
+"""The pipeline as Slurm jobs: which wait for which, what each runs, and how one goes back into the queue."""
+
+import re
+import signal
+import time
+
+import pytest
+
+from ctpd_nemo.pipeline.stages import STAGES
+from tests.docker.stubs import ROOT, Stubs
+
+SUBMIT, JOB = "docker/slurm/submit.sh", "docker/slurm/stages.sbatch"
+SBATCH = 'echo $((1000 + $(grep -c "^sbatch" "$CALLS")))";cluster"'
+JOB_VARIABLES = {"CTPD_ROOT": str(ROOT), "SLURM_JOB_ID": "77"}
+
+
+def submitted(stubs: Stubs, *arguments: str) -> list[list[str]]:
+    """The calls of ``sbatch``; the first job is number 1001."""
+    stubs.add("sbatch", SBATCH)
+    done = stubs.run(SUBMIT, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return stubs.calls()
+
+
+def dependencies(call: list[str]) -> set[str]:
+    (jobs,) = [re.findall(r":(\d+)", option) for option in call if option.startswith("--dependency=afterok:")] or [[]]
+    return set(jobs)
+
+
+def test_a_job_is_submitted_with_its_nodes_stages_and_configuration(stubs: Stubs) -> None:
+    (call,) = submitted(stubs, "score,ctpd:3", "--", "experiment=tiny", "data.train=[a b.jsonl]")
+    assert call == [
+        "sbatch",
+        "--parsable",
+        "--nodes=3",
+        "--job-name=ctpd-score",
+        f"--export=ALL,CTPD_ROOT={ROOT}",
+        str(ROOT / JOB),
+        "experiment=tiny",
+        "data.train=[a b.jsonl]",
+        "only=[score,ctpd]",
+    ]
+
+
+def test_each_job_waits_for_those_that_make_its_inputs_and_no_others(stubs: Stubs) -> None:
+    calls = submitted(stubs, *(f"{stage.name}:1" for stage in STAGES))
+    number = {stage.name: str(1001 + index) for index, stage in enumerate(STAGES)}
+    for stage, call in zip(STAGES, calls, strict=True):
+        assert dependencies(call) == {number[source] for source in stage.inputs.values()}, stage.name
+        assert ("--kill-on-invalid-dep=yes" in call) == bool(stage.inputs)
+
+
+def test_stages_of_one_job_wait_together_and_those_done_before_are_not_waited_for(stubs: Stubs) -> None:
+    calls = submitted(stubs, "sft_student:1", "dpo_positive,dpo_negative:8", "score:2", "ctpd:1")
+    assert [dependencies(call) for call in calls] == [set(), set(), {"1001", "1002"}, {"1001", "1003"}]
+    assert [call[-1] for call in calls] == [
+        "only=[sft_student]",
+        "only=[dpo_positive,dpo_negative]",
+        "only=[score]",
+        "only=[ctpd]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "command line: found no stages; expected STAGE"),
+        (["--", "experiment=tiny"], "command line: found no stages; expected STAGE"),
+        (["score"], "score: found no such form; expected STAGE"),
+        (["score:0"], "score:0: found no such form; expected STAGE"),
+        (["scores:1"], "scores:1: found stage 'scores'; expected sft_teacher, "),
+        (["score:1", "score:2"], "score:2: found score a second time; expected each stage once"),
+        (["sft_student:1", "ctpd:1", "score:1"], "ctpd: found before score; expected the stages in the order"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused_before_anything_is_submitted(
+    stubs: Stubs, arguments: list[str], said: str
+) -> None:
+    stubs.add("sbatch", SBATCH)
+    done = stubs.run(SUBMIT, *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert stubs.calls() == []
+
+
+def test_a_submission_that_slurm_refuses_ends_the_chain(stubs: Stubs) -> None:
+    stubs.add("sbatch", "exit 1")
+    assert stubs.run(SUBMIT, "score:1", "ctpd:1").returncode == 1
+    assert len(stubs.calls()) == 1
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_job_runs_the_entry_point_once_a_node_and_ends_as_it_ends(stubs: Stubs, status: int) -> None:
+    stubs.add("srun", f"exit {status}")
+    with stubs.start(JOB, "experiment=tiny", "only=[score]", **JOB_VARIABLES) as job:
+        assert job.wait(30) == status
+    (call,) = stubs.calls()
+    entrypoint = str(ROOT / "docker/entrypoint.sh")
+    assert call[call.index(entrypoint) :] == [entrypoint, "pipeline", "experiment=tiny", "only=[score]"]
+    assert "--ntasks-per-node=1" in call
+
+
+def test_with_an_image_the_entry_point_is_the_containers(stubs: Stubs) -> None:
+    stubs.add("srun")
+    image = {"CTPD_IMAGE": "/images/ctpd.sqsh", "CTPD_MOUNTS": "/lustre:/lustre"}
+    with stubs.start(JOB, "only=[score]", **JOB_VARIABLES, **image) as job:
+        assert job.wait(30) == 0
+    (call,) = stubs.calls()
+    assert {"--container-image=/images/ctpd.sqsh", "--container-mounts=/lustre:/lustre"} <= set(call)
+    assert call[-3:] == ["/opt/ctpd_nemo/docker/entrypoint.sh", "pipeline", "only=[score]"]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(1, True), (0, False)])
+def test_before_its_time_is_up_a_job_stops_its_tools_and_goes_back_into_the_queue(
+    stubs: Stubs, status: int, requeued: bool
+) -> None:
+    """Unless the tools were done all the same."""
+    stubs.add("srun", f'trap "sleep 0.2; touch stopped; exit {status}" TERM; touch runs; while :; do sleep 0.05; done')
+    stubs.add("scontrol", "[[ -e stopped ]] || exit 5")
+    with stubs.start(JOB, "only=[score]", **JOB_VARIABLES) as job:
+        while not (stubs.folder / "runs").exists():
+            assert job.poll() is None
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == (143 if requeued else 0)
+    assert (stubs.folder / "stopped").exists()
+    assert stubs.calls()[1:] == ([["scontrol", "requeue", "77"]] if requeued else [])
+
+
+def test_a_job_that_was_not_submitted_by_the_script_says_so(stubs: Stubs) -> None:
+    stubs.add("srun")
+    done = stubs.run(JOB)
+    assert done.returncode != 0
+    assert "CTPD_ROOT: is not set: start this job with docker/slurm/submit.sh" in done.stderr
+    assert stubs.calls() == []
+
+
+def test_slurm_leaves_the_tools_time_to_stop(stubs: Stubs) -> None:
+    """The batch shell alone is warned, and passes it on; torchrun gives its processes 30 seconds."""
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / JOB).read_text(), re.MULTILINE))
+    shell, seconds = re.fullmatch(r"(B):TERM@(\d+)", options["signal"]).groups()  # type: ignore[union-attr]
+    assert shell == "B"
+    assert int(seconds) > 30
+    assert options["ntasks-per-node"] == "1"
+    assert {"requeue", "open-mode"} <= options.keys()
