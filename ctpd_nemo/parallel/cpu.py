@@ -6,7 +6,7 @@ answers each of them for the CPU, and only where torch sees no GPU. It shows Meg
 the name ``torch``; the real ``torch`` of everybody else stays untouched but for ``Tensor.cuda``, which could only
 raise.
 
-Written against Megatron-Core 0.16.1.
+Written against Megatron-Core 0.16.1, and run on it, 0.17.1, 0.18.2 and 0.19.2.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Optimizer state in Megatron-Core's distributed checkpoints, written and read right.
 
-Two things go wrong in Megatron-Core 0.16.1, for which this module is written:
+Two things go wrong in Megatron-Core, 0.16.1 to 0.19.2, for which this module is written:
 
 - It reads optimizer state into fused optimizers only: they have no count of steps a parameter. torch's AdamW, which
   stands in without Transformer Engine and apex, makes its state in its first step, and counts in it.

@@ -14,6 +14,7 @@ _LOGGERS = (
     "nv_one_logger",
     "torch.distributed",
     "torch.distributed.elastic",
+    "torch.utils.cpp_extension",  # a CUDA build of torch on a machine without a GPU
 )
 # Message starts, with why each says nothing to a user of this project.
 _MESSAGES = (
@@ -24,6 +25,7 @@ _MESSAGES = (
     ".*does not have many workers which may be a bottleneck",  # the loaders are sized by data.num_workers
     ".*Consider increasing the value of the `num_workers` argument",
     "Please use the new API settings to control TF32",
+    "invalid escape sequence",  # in the source of libraries, where Python 3.12 compiles it for the first time
 )
 
 
