@@ -116,7 +116,9 @@ def test_before_its_time_is_up_a_job_stops_its_tools_and_goes_back_into_the_queu
     stubs: Stubs, status: int, requeued: bool
 ) -> None:
     """Unless the tools were done all the same."""
-    stubs.add("srun", f'trap "sleep 0.2; touch stopped; exit {status}" TERM; touch runs; while :; do sleep 0.05; done')
+    stop = f"sleep 0.2; touch stopped; exit {status}"
+    stubs.add("srun", f'trap "{stop}" TERM; echo $$ > pid; mv pid runs; while :; do sleep 0.05; done')
+    stubs.add("scancel", "kill -TERM $(cat runs)")
     stubs.add("scontrol", "[[ -e stopped ]] || exit 5")
     with stubs.start(JOB, "only=[score]", **JOB_VARIABLES) as job:
         while not (stubs.folder / "runs").exists():
@@ -125,7 +127,8 @@ def test_before_its_time_is_up_a_job_stops_its_tools_and_goes_back_into_the_queu
         job.send_signal(signal.SIGTERM)
         assert job.wait(30) == (143 if requeued else 0)
     assert (stubs.folder / "stopped").exists()
-    assert stubs.calls()[1:] == ([["scontrol", "requeue", "77"]] if requeued else [])
+    asked = ["scancel", "--signal=TERM", "77"]
+    assert stubs.calls()[1:] == ([asked, ["scontrol", "requeue", "77"]] if requeued else [asked])
 
 
 def test_a_job_that_was_not_submitted_by_the_script_says_so(stubs: Stubs) -> None:
