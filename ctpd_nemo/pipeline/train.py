@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
@@ -22,8 +23,12 @@ from ctpd_nemo.pipeline.trainer import build_trainer
 logger = logging.getLogger(__name__)
 
 
-def train(run: RunConfig) -> Path:
+def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     """Train by ``run.method`` and return the newest checkpoint.
+
+    Args:
+        run: The configuration.
+        callbacks: What else is to happen beside the loop; called before the job's own.
 
     Raises:
         InputError: The configuration, data or weights cannot be used; nothing was trained.
@@ -41,7 +46,7 @@ def train(run: RunConfig) -> Path:
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
     newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))
-    callbacks = [
+    own_callbacks = [
         LambdaCallback(
             on_train_start=lambda trainer, _: _write_config(run, folder) if trainer.is_global_zero else None
         ),
@@ -49,7 +54,7 @@ def train(run: RunConfig) -> Path:
         MetricLog(folder / "metrics.jsonl"),
         Checkpointing(checkpoints, run.trainer.checkpoint_every, run.trainer.keep_checkpoints),
     ]
-    trainer = build_trainer(run, data.total_steps, callbacks)
+    trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks])
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     checkpoint = on_rank_0(lambda: find_checkpoints(checkpoints)[-1])
