@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from turns import Turn
 
@@ -75,6 +75,8 @@ def trl_dpo(turn: Turn, setting: Setting) -> None:
         processing_class=AutoTokenizer.from_pretrained(setting.student),
         callbacks=[callback],
     )
+    # It would print between the tables.
+    callback.trainer.remove_callback(PrinterCallback)
     callback.trainer.train()
 
 
