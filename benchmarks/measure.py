@@ -81,11 +81,11 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 class PeakMemory:
-    """The most memory that was in use at once while the ``with`` block ran.
+    """The most memory that was in use at once between ``start`` and ``stop``, or while a ``with`` block ran.
 
     Attributes:
         before: Bytes in use when it began.
-        peak: Bytes in use at the most; set when the block ends.
+        peak: Bytes in use at the most; set by ``stop``.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -100,7 +100,8 @@ class PeakMemory:
         """Bytes at the peak that were not there before."""
         return max(0, self.peak - self.before)
 
-    def __enter__(self) -> "PeakMemory":
+    def start(self) -> None:
+        """Set the mark back to what is in use now."""
         if self._on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -108,14 +109,21 @@ class PeakMemory:
         else:
             Path("/proc/self/clear_refs").write_text("5")
             self.before = resident_bytes("VmRSS")
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Read the mark; it can be read again later."""
         if self._on_gpu:
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated()
         else:
             self.peak = resident_bytes("VmHWM")
+
+    def __enter__(self) -> "PeakMemory":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
 
 def resident_bytes(field: str) -> int:

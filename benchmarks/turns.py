@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from measure import PeakMemory, resident_bytes
+from measure import PeakMemory
 
 # Called once when everything is set up, then at the end of every step, with what is to be known about it.
 Turn = Callable[..., None]
@@ -104,11 +104,12 @@ def _run_side(connection: Connection, function: str, arguments: Sequence[Any]) -
     def turn(**facts: Any) -> None:
         nonlocal started
         if started is None:
-            memory.__enter__()
+            memory.start()
             connection.send(("ready", None))
         else:
             seconds = time.perf_counter() - started
-            connection.send(("step", (seconds, resident_bytes("VmHWM"), facts)))
+            memory.stop()
+            connection.send(("step", (seconds, memory.peak, facts)))
         connection.recv()
         started = time.perf_counter()
 
