@@ -126,15 +126,18 @@ def tokens_of_steps(setting: Setting) -> list[dict[str, int]]:
 def summary(runs: Mapping[str, SideRun], tokens: Sequence[Mapping[str, int]], warmup: int) -> dict[str, Any]:
     """What is reported: each side's rates and memory, ratios turn by turn, and how far losses are apart."""
     timed = {name: run.seconds[warmup:] for name, run in runs.items()}
+    cpu = {name: run.cpu_seconds[warmup:] for name, run in runs.items()}
     counted = tokens[warmup:]
     sides = {
         name: {
             "step_seconds": Spread.of(timed[name]),
+            "step_cpu_seconds": Spread.of(cpu[name]),
             "response_tokens_per_second": sum(step["response"] for step in counted) / sum(timed[name]),
             "tokens_per_second": sum(step["all"] for step in counted) / sum(timed[name]),
             "process_bytes": run.process_bytes,
             "idle_bytes": run.idle_bytes,
             "seconds": run.seconds,
+            "cpu_seconds": run.cpu_seconds,
             "steps": run.steps,
         }
         for name, run in runs.items()
@@ -143,6 +146,7 @@ def summary(runs: Mapping[str, SideRun], tokens: Sequence[Mapping[str, int]], wa
         {
             "sides": [above, below],
             "step_seconds": ratio(timed[above], timed[below]),
+            "step_cpu_seconds": ratio(cpu[above], cpu[below]),
             "process_bytes": runs[above].process_bytes / runs[below].process_bytes,
             "training_bytes": _beyond(runs[above]) / _beyond(runs[below]),
         }
@@ -181,11 +185,13 @@ def sides_table(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Ta
         f"of {mean['all']:.0f} on average; padded to the longest of its batch it would have {mean['padded']:.0f}. "
         f"{len(counted)} steps a side, medians and quartiles."
     )
-    header = ["side", "step, s", "response tokens/s", "tokens/s", "peak memory, GiB", "of it before training, GiB"]
+    header = ["side", "step, s", "CPU s a step", "response tokens/s", "tokens/s", "peak memory, GiB"]
+    header.append("of it before training, GiB")
     rows = [
         [
             name,
             side["step_seconds"].text(),
+            side["step_cpu_seconds"].text(),
             f"{side['response_tokens_per_second']:,.0f}",
             f"{side['tokens_per_second']:,.0f}",
             f"{side['process_bytes'] / GIB:.2f}",
@@ -198,11 +204,12 @@ def sides_table(arguments: argparse.Namespace, results: Mapping[str, Any]) -> Ta
 
 def ratios_table(results: Mapping[str, Any]) -> Table:
     """One row a comparison."""
-    header = ["ratio", "step time", "peak memory", "memory beyond that before training"]
+    header = ["ratio", "step time", "CPU time", "peak memory", "memory beyond that before training"]
     rows = [
         [
             " / ".join(row["sides"]),
             row["step_seconds"].text(),
+            row["step_cpu_seconds"].text(),
             f"{row['process_bytes']:.2f}",
             f"{row['training_bytes']:.2f}",
         ]

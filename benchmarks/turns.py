@@ -27,13 +27,15 @@ class SideRun:
     """What one side did.
 
     Attributes:
-        seconds: Of each step.
+        seconds: Of each step, by the clock on the wall.
+        cpu_seconds: Of each step, of all threads of the process: what is left of noise where others use the machine.
         steps: What the side said about each.
         process_bytes: The resident set of its process at the most, from the first step on.
         idle_bytes: The same before the first step: imports, weights and whatever it keeps.
     """
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     process_bytes: int = 0
     idle_bytes: int = 0
@@ -56,8 +58,9 @@ def take_turns(sides: Mapping[str, str], arguments: Sequence[Any], steps: int) -
         for _ in range(steps):
             for name, connection in connections.items():
                 connection.send("go")
-                seconds, runs[name].process_bytes, facts = _receive(name, connection)
+                seconds, cpu_seconds, runs[name].process_bytes, facts = _receive(name, connection)
                 runs[name].seconds.append(seconds)
+                runs[name].cpu_seconds.append(cpu_seconds)
                 runs[name].steps.append(facts)
         for name, connection in connections.items():
             connection.send("go")
@@ -99,7 +102,7 @@ def _receive(name: str, connection: Connection) -> Any:
 def _run_side(connection: Connection, function: str, arguments: Sequence[Any]) -> None:
     """In the side's process: run it, time what lies between its turns, and say what memory it took."""
     memory = PeakMemory()
-    started: float | None = None
+    started: tuple[float, float] | None = None
 
     def turn(**facts: Any) -> None:
         nonlocal started
@@ -107,11 +110,11 @@ def _run_side(connection: Connection, function: str, arguments: Sequence[Any]) -
             memory.start()
             connection.send(("ready", None))
         else:
-            seconds = time.perf_counter() - started
+            seconds, cpu_seconds = time.perf_counter() - started[0], time.process_time() - started[1]
             memory.stop()
-            connection.send(("step", (seconds, memory.peak, facts)))
+            connection.send(("step", (seconds, cpu_seconds, memory.peak, facts)))
         connection.recv()
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
 
     try:
         module, _, name = function.partition(":")
