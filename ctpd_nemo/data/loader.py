@@ -4,22 +4,29 @@ Workers read, encode, pack and build. Every item is a function of its step alone
 an interruption changes what a step sees.
 """
 
-import os
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
+from ctpd_nemo.data.balance import even_out, split_by_rank
 from ctpd_nemo.data.batch import Microbatch, SpanScores, build_microbatch
+from ctpd_nemo.data.cost import SequenceCost
 from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
-from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, split_by_rank, whole_multiple
+from ctpd_nemo.data.encoded import EncodedDataset
+from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, whole_multiple
 from ctpd_nemo.data.preferences import PreferenceDataset
+from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.data.workers import WorkerLoader
 from ctpd_nemo.errors import InputError
+
+Int64Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Batching:
         padding: "packed" or "padded"; see ``build_microbatch``.
         pad_to_multiple: The tokens of every microbatch are a multiple of this.
         sequence_multiple: The tokens of every sequence are a multiple of this, padding included.
+        cost: What sequences cost on the model of ``side``; ranks and microbatches are balanced by it.
     """
 
     microbatch_tokens: int
@@ -43,6 +51,7 @@ class Batching:
     padding: str = "packed"
     pad_to_multiple: int = 1
     sequence_multiple: int = 1
+    cost: SequenceCost = field(default_factory=SequenceCost)
 
     @property
     def whole_multiple(self) -> int:
@@ -97,6 +106,7 @@ class StepBatch:
         reference_microbatches: The reference's, pair by pair like ``microbatches``; empty unless asked for.
         skipped: The pairs left out.
         stats: Counts of this share.
+        wait_seconds: How long the loader was waited for; that of its first step holds the start of the workers.
     """
 
     step: int
@@ -105,6 +115,7 @@ class StepBatch:
     reference_microbatches: list[Microbatch]
     skipped: list[Skipped]
     stats: StepStats
+    wait_seconds: float = 0.0
 
     def pin_memory(self) -> "StepBatch":
         """Page-lock the microbatches; the data loader calls it where there is a GPU."""
@@ -125,6 +136,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
         scores: SpanScores | None = None,
         dp_rank: int = 0,
         dp_size: int = 1,
+        encoded: EncodedDataset | None = None,
     ) -> None:
         check_budget(
             batching.microbatch_tokens, encoder.max_length, batching.pad_to_multiple, batching.sequence_multiple
@@ -133,7 +145,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
             raise ValueError(f"a plan for {plan.n_pairs} pairs and a dataset of {len(dataset)}")
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"data-parallel rank {dp_rank} of {dp_size}")
-        self._dataset = dataset
+        self._source: PairSource = TextSource(dataset, encoder) if encoded is None else encoded
         self._encoder = encoder
         self._plan = plan
         self._batching = batching
@@ -152,20 +164,30 @@ class StepDataset(Dataset[StepBatch | InputError]):
 
     def prepare(self) -> None:
         """Build what forked workers can share."""
-        self._encoder.prepare()
+        self._source.prepare(lengths=self._dp_size > 1)
 
     def _build(self, step: int) -> StepBatch:
         epoch, batch = self._plan.batch(step)
-        # Every rank must agree on the split without encoding the others' pairs, so it goes by bytes of text.
-        share = split_by_rank(self._dataset.text_bytes[batch], self._dp_size)[self._dp_rank]
-        indices = batch[share].tolist()
-        encoded = self._encoder.encode(indices, [self._dataset[index] for index in indices])
+        encoded = self._source.pairs(self._share(batch.tolist()))
         pairs = [pair for pair in encoded if isinstance(pair, EncodedPair)]
         skipped = [pair for pair in encoded if isinstance(pair, Skipped)]
         groups = self._pack(pairs)
         microbatches = self._microbatches(groups, self._batching.side)
         references = self._microbatches(groups, "reference") if self._batching.online else []
         return StepBatch(step, epoch, microbatches, references, skipped, self._stats(pairs, skipped, microbatches))
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """This rank's rows of a global batch; every rank finds the same split without encoding the others' pairs."""
+        if self._dp_size == 1:
+            return batch
+        lengths_PR, response_PR = self._source.lengths(batch, self._batching.side, self._batching.responses)
+        ranks = split_by_rank(*self._costs(lengths_PR, response_PR), self._dp_size)
+        return [batch[number] for number in ranks[self._dp_rank]]
+
+    def _costs(self, lengths_PR: Int64Array, response_PR: Int64Array) -> tuple[Int64Array, Int64Array]:
+        """Cost of each pair and of which the attention, int64 ``[P]`` each."""
+        cost = self._batching.cost
+        return cost.of(lengths_PR, response_PR).sum(axis=1), cost.query_key_pairs(lengths_PR).sum(axis=1)
 
     def _pack(self, pairs: list[EncodedPair]) -> list[list[EncodedPair]]:
         batching = self._batching
@@ -175,7 +197,10 @@ class StepDataset(Dataset[StepBatch | InputError]):
         # Both sides' microbatches hold the same pairs, so a pair is as long as it is on its longer side.
         lengths_PSR = np.array([[self._lengths(pair, side) for side in sides] for pair in pairs], dtype=np.int64)
         if batching.padding == "packed":
-            groups = pack(lengths_PSR.sum(axis=2).max(axis=1), batching.microbatch_tokens)
+            tokens_P = lengths_PSR.sum(axis=2).max(axis=1)
+            groups = pack(tokens_P, batching.microbatch_tokens)
+            costs = self._costs(lengths_PSR[:, 0], self._response_lengths(pairs))
+            groups = even_out(groups, *costs, tokens_P, batching.microbatch_tokens)
         else:
             longest_P = [round_up(length, batching.whole_multiple) for length in lengths_PSR.max(axis=(1, 2)).tolist()]
             groups = pack_padded(np.multiply(longest_P, len(batching.responses)), batching.microbatch_tokens)
@@ -185,6 +210,11 @@ class StepDataset(Dataset[StepBatch | InputError]):
         """Tokens of a pair's sequences, each with the padding that it always takes along."""
         multiple = self._batching.sequence_multiple
         return [round_up(len(response.side(side)), multiple) for response in pair.responses(self._batching.responses)]
+
+    def _response_lengths(self, pairs: list[EncodedPair]) -> Int64Array:
+        responses_PR = [pair.responses(self._batching.responses) for pair in pairs]
+        side = self._batching.side
+        return np.array([[len(one.side(side).response_ids) for one in row] for row in responses_PR], dtype=np.int64)
 
     def _microbatches(self, groups: list[list[EncodedPair]], side: SideName) -> list[Microbatch]:
         batching = self._batching
@@ -219,24 +249,18 @@ class StepDataset(Dataset[StepBatch | InputError]):
         )
 
 
-class StepLoader(DataLoader[StepBatch]):
-    """A ``DataLoader`` over steps that raises an ``InputError`` of a worker as it was."""
+class StepLoader(WorkerLoader[StepBatch]):
+    """A loader of steps that says of each how long it was waited for."""
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
-        assert isinstance(self.dataset, StepDataset)
-        self.dataset.prepare()
-        with _tokenizers_may_fork():
-            steps = super().__iter__()
-        error = None
-        for step in steps:
-            if isinstance(step, InputError):
-                error = step
-                break
+        steps = super().__iter__()
+        while True:
+            asked = time.perf_counter()
+            step = next(steps, None)
+            if step is None:
+                return
+            step.wait_seconds = time.perf_counter() - asked
             yield step
-        # Ends the workers now. Held by the error's traceback, they would wait seconds for the garbage collector.
-        del steps
-        if error is not None:
-            raise error
 
 
 def build_step_loader(
@@ -250,6 +274,7 @@ def build_step_loader(
     dp_size: int = 1,
     start_step: int = 0,
     num_workers: int = 0,
+    encoded: EncodedDataset | None = None,
 ) -> StepLoader:
     """A loader of this rank's share of every step from ``start_step`` on.
 
@@ -263,11 +288,12 @@ def build_step_loader(
         dp_size: How many those are.
         start_step: The first step to give, as if all before it had been given.
         num_workers: Worker processes; 0 does the work in this one.
+        encoded: The same pairs as this encoder encodes them, read instead of encoded anew.
 
     Raises:
         InputError: The token budget does not hold a longest pair. While iterating: a row, template or score is bad.
     """
-    steps = StepDataset(dataset, encoder, plan, batching, scores, dp_rank, dp_size)
+    steps = StepDataset(dataset, encoder, plan, batching, scores, dp_rank, dp_size, encoded)
     return StepLoader(
         steps,  # type: ignore[arg-type]
         sampler=range(start_step, len(steps)),
@@ -275,20 +301,3 @@ def build_step_loader(
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
-
-
-@contextmanager
-def _tokenizers_may_fork() -> Iterator[None]:
-    """Keep tokenizers single-threaded in workers, which also keeps them from warning about it in each.
-
-    The library reads this variable when a process forks, and has no other switch. Each worker keeps the value it is
-    forked with, one thread a worker; here it is put back.
-    """
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

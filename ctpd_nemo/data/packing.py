@@ -1,7 +1,4 @@
-"""Which pairs go together: into one microbatch, and to one data-parallel rank.
-
-The answers depend on the arguments alone, so all ranks agree without asking each other.
-"""
+"""Which pairs go together into one microbatch; a function of the arguments alone."""
 
 import math
 from collections.abc import Sequence
@@ -86,26 +83,6 @@ def pack_padded(lengths: ArrayLike, budget: int) -> list[list[int]]:
             longest = int(lengths[pair])
         bins[-1].append(pair)
     return [sorted(members) for members in bins]
-
-
-def split_by_rank(lengths: ArrayLike, n_ranks: int) -> list[list[int]]:
-    """Share the pairs of a global batch among data-parallel ranks, as equal in tokens as a greedy pass makes them.
-
-    Args:
-        lengths: int ``[n_pairs]``, the cost of each pair, in any unit.
-        n_ranks: Ranks that share them.
-
-    Returns:
-        Pairs of each rank, ascending; every pair is at exactly one. A rank has none where pairs are fewer than ranks.
-    """
-    lengths = np.asarray(lengths, dtype=np.int64)
-    load = np.zeros(n_ranks, dtype=np.int64)
-    ranks: list[list[int]] = [[] for _ in range(n_ranks)]
-    for pair in _longest_first(lengths):
-        least = int(np.argmin(load))
-        load[least] += lengths[pair]
-        ranks[least].append(pair)
-    return [sorted(members) for members in ranks]
 
 
 def _longest_first(lengths: NDArray[np.int64]) -> Sequence[int]:

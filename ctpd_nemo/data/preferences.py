@@ -24,7 +24,7 @@ class PreferenceDataset(Sequence[PreferencePair]):
     Attributes:
         fingerprint: Hash of every pair's id, prompt and responses, in order. It is the same for the same pairs in
             another folder, format or form. Ids made from the file's name (rows without ``id``) count as any other.
-        text_bytes: int64 ``[n]``, UTF-8 bytes of the texts of both sequences of every pair, prompts included.
+        text_bytes: int64 ``[n, 3]``, UTF-8 bytes of prompt, chosen and rejected response of every pair.
         skipped: Rows left out, by reason.
     """
 
@@ -110,7 +110,7 @@ class _Scan:
 
     source_of: list[int] = field(default_factory=list)
     row_of: list[int] = field(default_factory=list)
-    text_bytes: list[int] = field(default_factory=list)
+    text_bytes: list[tuple[int, int, int]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     first_skip: InputError | None = None
     place_of_id: dict[str, str] = field(default_factory=dict)
@@ -128,8 +128,8 @@ class _Scan:
         prompt = [(message.role, message.content) for message in pair.prompt]
         content = json.dumps([pair.id, prompt, pair.chosen, pair.rejected], ensure_ascii=False, separators=(",", ":"))
         self.hash.update(content.encode() + b"\n")
-        texts = [2 * len(message.content.encode()) for message in pair.prompt]
-        self.text_bytes.append(sum(texts) + len(pair.chosen.encode()) + len(pair.rejected.encode()))
+        prompt_bytes = sum(len(message.content.encode()) for message in pair.prompt)
+        self.text_bytes.append((prompt_bytes, len(pair.chosen.encode()), len(pair.rejected.encode())))
 
     def skip(self, error: InputError, reason: str) -> None:
         self.first_skip = self.first_skip or error

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctpd_nemo.data.packing import check_budget, pack, pack_padded, split_by_rank
+from ctpd_nemo.data.packing import check_budget, pack, pack_padded
 from ctpd_nemo.errors import InputError
 
 lengths_of_pairs = st.lists(st.integers(2, 100), max_size=60)
@@ -52,23 +52,6 @@ def test_a_pair_over_the_budget_is_an_error() -> None:
     for way in (pack, pack_padded):
         with pytest.raises(ValueError, match="a pair of 11 tokens is over the budget of 10"):
             way([3, 11], 10)
-
-
-@given(lengths_of_pairs, st.integers(1, 9))
-def test_every_pair_goes_to_one_rank_and_ranks_are_balanced(lengths: list[int], n_ranks: int) -> None:
-    ranks = split_by_rank(lengths, n_ranks)
-    assert len(ranks) == n_ranks
-    assert sorted(pair for members in ranks for pair in members) == list(range(len(lengths)))
-    load = [sum(lengths[pair] for pair in members) for members in ranks]
-    # Greedy: the last pair given to the fullest rank was given to it when it was the emptiest.
-    assert max(load) - min(load) <= max(lengths, default=0)
-
-
-def test_a_batch_splits_almost_evenly() -> None:
-    rng = random.Random(0)
-    lengths = [int(rng.lognormvariate(6, 0.7)) for _ in range(64)]
-    load = [sum(lengths[pair] for pair in members) for members in split_by_rank(lengths, 4)]
-    assert max(load) / (sum(load) / 4) < 1.01
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_every_format_and_form_reads_as_the_same_pair(kind: str, form: str, tmp_
         (f"sea-{number}", (Message("user", "Name a sea."),), "The Baltic.", "Paris.") for number in range(len(rows))
     ]
     assert [content(pair) for pair in dataset] == expected
-    assert dataset.text_bytes.tolist() == [2 * len("Name a sea.") + len("The Baltic.") + len("Paris.")] * 3
+    assert dataset.text_bytes.tolist() == [[len("Name a sea."), len("The Baltic."), len("Paris.")]] * 3
 
 
 def test_fingerprint_follows_content_and_not_folder_format_or_form(tmp_path: Path) -> None:

@@ -1,0 +1,270 @@
+"""Encoded pairs on disk: tokenized and aligned once, memory-mapped ever after.
+
+A folder with a manifest, and a folder for each shard, which holds a fixed range of rows::
+
+    manifest.json
+    shard-00000/index.npy     a record a row: where its parts lie, and how long they are
+    shard-00000/tokens.npy    int32: ids, spans and bounds of all rows, one after the other
+    shard-00000/ids.npy       uint8: the ids of all pairs in UTF-8, one after the other
+    shard-00000/checks.json   CRC-32 of the three
+
+Which pairs share a microbatch depends on the seed, the batch size and the layout, so that is left to the loader.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd_nemo.data.encode import (
+    SKIP_REASONS,
+    EncodedPair,
+    EncodedResponse,
+    PairEncoder,
+    Responses,
+    SideName,
+    SideTokens,
+    Skipped,
+)
+from ctpd_nemo.data.preferences import PreferenceDataset
+from ctpd_nemo.errors import InputError
+
+FORMAT = 1
+PAIRS_PER_SHARD = 1024
+MANIFEST = "manifest.json"
+CHECKS = "checks.json"
+SIDES: tuple[SideName, ...] = ("policy", "reference")
+# Lengths by side, by response, or by response and side; ``skipped`` is 0, or counts in SKIP_REASONS from 1.
+RECORD = np.dtype(
+    [
+        ("tokens_at", "<i8"),
+        ("id_at", "<i8"),
+        ("id_bytes", "<i4"),
+        ("skipped", "<i4"),
+        ("prompt", "<i4", (2,)),
+        ("response", "<i4", (2, 2)),
+        ("bounds", "<i4", (2,)),
+        ("spans", "<i4", (2,)),
+        ("truncated", "<i4", (2,)),
+    ]
+)
+ARRAYS = {"index": RECORD, "tokens": np.dtype("<i4"), "ids": np.dtype("u1")}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an encoded dataset was made from.
+
+    Attributes:
+        pairs: Rows.
+        one_sided: Both sides read alike, and are written once.
+        fingerprints: Of everything that the tokens depend on, by name.
+        pairs_per_shard: Rows of a shard; the last one may have fewer.
+        format: Of the files.
+    """
+
+    pairs: int
+    one_sided: bool
+    fingerprints: dict[str, str]
+    pairs_per_shard: int = PAIRS_PER_SHARD
+    format: int = FORMAT
+
+    @classmethod
+    def of(cls, dataset: PreferenceDataset, encoder: PairEncoder) -> "Manifest":
+        """What a run would encode."""
+        sides = dict(zip(SIDES, (encoder.policy, encoder.reference), strict=True))
+        return cls(
+            pairs=len(dataset),
+            one_sided=encoder.one_sided,
+            fingerprints={
+                "data": dataset.fingerprint,
+                **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
+                **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
+                "lengths": f"max_length {encoder.max_length}, max_prompt_length {encoder.max_prompt_length}, "
+                f"include_eos {encoder.include_eos}",
+            },
+        )
+
+    @property
+    def n_shards(self) -> int:
+        """How many shards there are."""
+        return -(-self.pairs // self.pairs_per_shard)
+
+    @property
+    def name(self) -> str:
+        """A folder name that only equal manifests share."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        return range(shard * self.pairs_per_shard, min((shard + 1) * self.pairs_per_shard, self.pairs))
+
+    def check(self, folder: Path) -> None:
+        """Compare with what a folder says that it is.
+
+        Raises:
+            InputError: No manifest, none of this format, or one of something else; names the first field that differs.
+        """
+        path = folder / MANIFEST
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+            fields = {**there, **there["fingerprints"]}
+        except FileNotFoundError:
+            raise InputError(str(folder), f"no {MANIFEST}", "an encoded dataset, or an empty folder") from None
+        except (ValueError, KeyError, TypeError) as error:
+            found = f"no manifest ({error!r})"
+            raise InputError(str(path), found, f"that of an encoded dataset; remove {folder} to encode again") from None
+        here = asdict(self)
+        for name, value in {**here, **here.pop("fingerprints")}.items():
+            if name != "fingerprints" and fields.get(name) != value:
+                raise InputError(f"{path}, {name}", f"{fields.get(name)}", f"{value}, as this run has it")
+
+
+def shard_folder(folder: Path, shard: int) -> Path:
+    """Where a shard is."""
+    return folder / f"shard-{shard:05d}"
+
+
+class EncodedDataset:
+    """An encoded dataset as a source of pairs; files are mapped when a process first asks for a row of them."""
+
+    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
+        """Open a dataset that is complete.
+
+        Args:
+            folder: The dataset.
+            manifest: What it must have been made from.
+
+        Raises:
+            InputError: It was made from something else, or a shard is missing.
+        """
+        self.folder = Path(folder)
+        self.manifest = manifest
+        manifest.check(self.folder)
+        for shard in range(manifest.n_shards):
+            if not shard_folder(self.folder, shard).is_dir():
+                raise InputError(str(self.folder), f"no {shard_folder(self.folder, shard).name}", "every shard")
+        self._shards: dict[int, dict[str, NDArray[Any]]] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.pairs
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_shards": {}}
+
+    def prepare(self, lengths: bool) -> None:
+        """Nothing is to be built."""
+
+    def pairs(self, rows: Sequence[int]) -> list[EncodedPair | Skipped]:
+        """The pairs of some rows, in order; their arrays are views of the files.
+
+        Raises:
+            InputError: A file cannot be read.
+        """
+        return [self._pair(row) for row in rows]
+
+    def lengths(
+        self, rows: Sequence[int], side: SideName, responses: Responses
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of each sequence, and those of its response, int64 ``[n, responses]``; 0 for a pair left out."""
+        shard_of, within = np.divmod(np.asarray(rows, dtype=np.int64), self.manifest.pairs_per_shard)
+        records = np.empty(len(rows), dtype=RECORD)
+        for shard in np.unique(shard_of).tolist():
+            own = shard_of == shard
+            records[own] = self._shard(shard)["index"][within[own]]
+        number = SIDES.index(side)
+        response_PR = records["response"][:, : len(responses), number].astype(np.int64)
+        return records["prompt"][:, number, None] + response_PR, response_PR
+
+    def _shard(self, shard: int) -> dict[str, NDArray[Any]]:
+        if shard not in self._shards:
+            self._shards[shard] = {name: self._map(shard, name) for name in ARRAYS}
+        return self._shards[shard]
+
+    def _map(self, shard: int, name: str) -> NDArray[Any]:
+        path = shard_folder(self.folder, shard) / f"{name}.npy"
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise _damaged(path, f"a file that cannot be mapped ({error})") from error
+        rows = len(self.manifest.rows(shard))
+        if array.dtype != ARRAYS[name] or array.ndim != 1 or (name == "index" and len(array) != rows):
+            found = f"{array.dtype} of shape {array.shape}"
+            raise _damaged(path, found, f"{ARRAYS[name]}" + (f" of shape ({rows},)" if name == "index" else ""))
+        # Slices of a plain array are made faster than those of a memmap, and keep the file mapped as well.
+        return array.view(np.ndarray)
+
+    def _pair(self, row: int) -> EncodedPair | Skipped:
+        shard, within = divmod(int(row), self.manifest.pairs_per_shard)
+        arrays = self._shard(shard)
+        record = arrays["index"][within]
+        pair_id = arrays["ids"][record["id_at"] : record["id_at"] + record["id_bytes"]].tobytes().decode()
+        if record["skipped"]:
+            return Skipped(int(row), pair_id, SKIP_REASONS[record["skipped"] - 1])
+        parts = _parts(arrays["tokens"], record, 1 if self.manifest.one_sided else 2)
+        prompts = [next(parts) for _ in range(1 if self.manifest.one_sided else 2)]
+        responses = []
+        for number in range(2):
+            sides = [SideTokens(prompt, next(parts), next(parts)) for prompt in prompts]
+            responses.append(
+                EncodedResponse(
+                    sides[0],
+                    sides[-1],
+                    next(parts).astype(np.int64),
+                    int(record["spans"][number]),
+                    bool(record["truncated"][number]),
+                )
+            )
+        return EncodedPair(int(row), pair_id, *responses)
+
+
+def _parts(tokens: NDArray[np.int32], record: Any, n_sides: int) -> Iterator[NDArray[np.int32]]:
+    """The parts of a row in the order they lie in: prompts; then for each response ids and spans by side, bounds."""
+    lengths = record["prompt"][:n_sides].tolist()
+    for response, bounds in zip(record["response"], record["bounds"], strict=True):
+        lengths += [length for side in response[:n_sides].tolist() for length in (side, side)] + [int(bounds)]
+    at = int(record["tokens_at"])
+    for length in lengths:
+        yield tokens[at : at + length]
+        at += length
+
+
+def verify_shard(folder: Path, shard: int) -> None:
+    """Read a whole shard and compare it with its checksums.
+
+    Raises:
+        InputError: It is damaged.
+    """
+    folder = shard_folder(folder, shard)
+    try:
+        checks = json.loads((folder / CHECKS).read_text(encoding="utf-8"))
+        expected = {name: int(checks[name]) for name in ARRAYS}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder / CHECKS, f"no checksums ({error!r})") from error
+    for name in ARRAYS:
+        path = folder / f"{name}.npy"
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise _damaged(path, f"a file that cannot be read ({error.strerror})") from error
+        if found != expected[name]:
+            raise _damaged(path, f"CRC-32 {found:08x}", f"{expected[name]:08x}")
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            total = zlib.crc32(chunk, total)
+    return total
+
+
+def _damaged(path: Path, found: str, expected: str = "a whole file") -> InputError:
+    return InputError(str(path), found, f"{expected}; remove {path.parent} to encode it again")

@@ -1,0 +1,58 @@
+"""Worker processes: started so that tokenizers bear it, and bad input in them told as it was."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from torch.utils.data import DataLoader
+
+from ctpd_nemo.errors import InputError
+
+T = TypeVar("T", covariant=True)
+
+
+class WorkerTask(Protocol[T]):
+    """Items by number, each made in a worker."""
+
+    def prepare(self) -> None:
+        """Build what forked workers can share; called once, in the process that starts them."""
+
+    def __getitem__(self, number: int) -> T | InputError:
+        """One item. An ``InputError`` is returned, and raised by the loader: what workers raise becomes text."""
+
+
+class WorkerLoader(DataLoader[T]):
+    """A ``DataLoader`` over a ``WorkerTask`` that raises an ``InputError`` of a worker as it was."""
+
+    def __iter__(self) -> Iterator[T]:  # type: ignore[override]
+        self.dataset.prepare()  # type: ignore[attr-defined]
+        with _tokenizers_may_fork():
+            items = super().__iter__()
+        error = None
+        for item in items:
+            if isinstance(item, InputError):
+                error = item
+                break
+            yield item
+        # Ends the workers now. Held by the error's traceback, they would wait seconds for the garbage collector.
+        del items
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def _tokenizers_may_fork() -> Iterator[None]:
+    """Keep tokenizers single-threaded in workers, which also keeps them from warning about it in each.
+
+    The library reads this variable when a process forks, and has no other switch. Each worker keeps the value it is
+    forked with, one thread a worker; here it is put back.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
