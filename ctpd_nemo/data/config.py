@@ -22,6 +22,9 @@ class DataConfig:
         packing: "packed" puts sequences end to end; "padded" pads each to the longest of its microbatch.
         shuffle: Draw a new order each epoch.
         num_workers: Dataloader workers that read, tokenize, align and pack; 0 does it in the training process.
+        encoded: Where encoded datasets are kept: pairs are tokenized and aligned once, before the first step, and read
+            from memory-mapped files by all jobs that read them alike. A folder, or "auto" for ``encoded`` beside the
+            run folder; ``None`` encodes pairs as they are needed, in every epoch and job anew.
     """
 
     train: list[str] = field(default_factory=list)
@@ -36,6 +39,7 @@ class DataConfig:
     packing: str = "packed"
     shuffle: bool = True
     num_workers: int = 2
+    encoded: str | None = None
 
     def check(self) -> None:
         """Stop with an ``InputError`` that names the key of a value that cannot be used."""

@@ -72,16 +72,17 @@ class Manifest:
     pairs: int
     one_sided: bool
     fingerprints: dict[str, str]
-    pairs_per_shard: int = PAIRS_PER_SHARD
+    pairs_per_shard: int
     format: int = FORMAT
 
     @classmethod
-    def of(cls, dataset: PreferenceDataset, encoder: PairEncoder) -> "Manifest":
+    def of(cls, dataset: PreferenceDataset, encoder: PairEncoder, pairs_per_shard: int = PAIRS_PER_SHARD) -> "Manifest":
         """What a run would encode."""
         sides = dict(zip(SIDES, (encoder.policy, encoder.reference), strict=True))
         return cls(
             pairs=len(dataset),
             one_sided=encoder.one_sided,
+            pairs_per_shard=pairs_per_shard,
             fingerprints={
                 "data": dataset.fingerprint,
                 **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},

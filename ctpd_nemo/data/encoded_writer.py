@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import SKIP_REASONS, EncodedPair, EncodedResponse, PairEncoder, Skipped
+from ctpd_nemo.data.encode import SKIP_REASONS, EncodedPair, EncodedResponse, Skipped
 from ctpd_nemo.data.encoded import (
     ARRAYS,
     CHECKS,
@@ -23,8 +23,7 @@ from ctpd_nemo.data.encoded import (
     shard_folder,
     verify_shard,
 )
-from ctpd_nemo.data.preferences import PreferenceDataset
-from ctpd_nemo.data.source import TextSource
+from ctpd_nemo.data.source import PairSource
 from ctpd_nemo.data.workers import WorkerLoader
 from ctpd_nemo.errors import InputError
 
@@ -33,7 +32,7 @@ _CHUNK = 32
 
 
 def write_encoded(
-    folder: str | Path, dataset: PreferenceDataset, encoder: PairEncoder, num_workers: int
+    folder: str | Path, manifest: Manifest, source: PairSource, num_workers: int
 ) -> Iterator[tuple[int, int]]:
     """Make an encoded dataset, or complete one; shards that are there are checked and kept.
 
@@ -42,8 +41,8 @@ def write_encoded(
 
     Args:
         folder: The dataset.
-        dataset: The pairs.
-        encoder: How they are read.
+        manifest: What it is made from.
+        source: Encodes the pairs.
         num_workers: Processes that encode; 0 does it in this one.
 
     Yields:
@@ -53,7 +52,6 @@ def write_encoded(
         InputError: The folder holds something else, is damaged or cannot be written; a row or template is bad.
     """
     folder = Path(folder)
-    manifest = Manifest.of(dataset, encoder)
     _begin(folder, manifest)
     there = [shard for shard in range(manifest.n_shards) if shard_folder(folder, shard).exists()]
     for done, shard in enumerate(there, start=1):
@@ -61,7 +59,7 @@ def write_encoded(
         yield done, manifest.n_shards
     missing = sorted(set(range(manifest.n_shards)) - set(there))
     shards: WorkerLoader[int] = WorkerLoader(
-        _Shards(folder, manifest, TextSource(dataset, encoder)),  # type: ignore[arg-type]
+        _Shards(folder, manifest, source),  # type: ignore[arg-type]
         sampler=missing,
         batch_size=None,
         num_workers=min(num_workers, len(missing)),
@@ -84,7 +82,7 @@ def _begin(folder: Path, manifest: Manifest) -> None:
 class _Shards:
     """Shards by number; making one writes it."""
 
-    def __init__(self, folder: Path, manifest: Manifest, source: TextSource) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, source: PairSource) -> None:
         self._folder = folder
         self._manifest = manifest
         self._source = source

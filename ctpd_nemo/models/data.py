@@ -1,17 +1,22 @@
 """The data of a run: opened, checked and cut into steps."""
 
+import dataclasses
+from functools import cached_property
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.batch import Microbatch, Responses, SideName, SpanScores
 from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded import EncodedDataset
 from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig, SideConfig
+from ctpd_nemo.models.cost import sequence_cost
 
 
 def load_side(config: SideConfig, key: str) -> Side:
@@ -56,7 +61,9 @@ class RunData:
         train: Training pairs.
         validation: Held-out pairs, ``None`` where there are none.
         plan: Which pairs each step sees.
+        batching: How pairs become microbatches.
         scores: Span scores by pair id, ``None`` where nothing is cached.
+        encoded: Encoded datasets of "train" and "validation"; those that are not here are encoded as they are read.
         weights: Fingerprints of the weights that the run starts from, by what they are to it.
     """
 
@@ -92,6 +99,7 @@ class RunData:
             self.policy, self.reference, run.data.include_eos, run.data.max_length, run.data.max_prompt_length
         )
         self.scores: SpanScores | None = None
+        self.encoded: dict[str, EncodedDataset] = {}
         self.weights: dict[str, str] = {}
         parallel = run.parallel
         self.batching = Batching(
@@ -127,34 +135,36 @@ class RunData:
 
     def train_loader(self, dp_rank: int, dp_size: int, start_step: int) -> StepLoader:
         """Steps of training from ``start_step`` on."""
-        return self._loader(self.train, self.plan, self.batching, dp_rank, dp_size, start_step)
+        return self._loader("train", self.plan, dp_rank, dp_size, start_step)
 
     def validation_loader(self, dp_rank: int, dp_size: int) -> StepLoader | None:
         """Held-out pairs in file order, a global batch at a time; ``None`` where there are none."""
         if self.validation is None:
             return None
         plan = StepPlan.in_order(len(self.validation), self.run.data.global_batch_size)
-        return self._loader(self.validation, plan, self.batching, dp_rank, dp_size, 0)
+        return self._loader("validation", plan, dp_rank, dp_size, 0)
 
-    def _loader(
-        self,
-        dataset: PreferenceDataset,
-        plan: StepPlan,
-        batching: Batching,
-        dp_rank: int,
-        dp_size: int,
-        start_step: int,
-    ) -> StepLoader:
+    def datasets(self) -> dict[str, PreferenceDataset]:
+        """The pairs by name: "train", and "validation" where there are such."""
+        return {"train": self.train} | ({"validation": self.validation} if self.validation is not None else {})
+
+    @cached_property
+    def _balanced(self) -> Batching:
+        """Batching by what sequences cost on the policy."""
+        return dataclasses.replace(self.batching, cost=sequence_cost(read_architecture(self.policy_path)))
+
+    def _loader(self, name: str, plan: StepPlan, dp_rank: int, dp_size: int, start_step: int) -> StepLoader:
         return build_step_loader(
-            dataset,
+            self.datasets()[name],
             self.encoder,
             plan,
-            batching,
+            self._balanced,
             scores=self.scores,
             dp_rank=dp_rank,
             dp_size=dp_size,
             start_step=start_step,
             num_workers=self.run.data.num_workers,
+            encoded=self.encoded.get(name),
         )
 
     def filler(self, side: SideName = "policy") -> Microbatch:

@@ -1,6 +1,6 @@
 """What one process finds out or does for all of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ctpd_nemo.errors import InputError
 
 T = TypeVar("T")
+_END = object()
 
 
 def on_rank_0(task: Callable[[], T]) -> T:
@@ -29,3 +30,17 @@ def on_rank_0(task: Callable[[], T]) -> T:
     if isinstance(result[0], InputError):
         raise result[0]
     return result[0]
+
+
+def on_rank_0_in_parts(parts: Iterable[object]) -> None:
+    """Go through work on rank 0 while the others wait, however long all of it takes; every rank calls it together.
+
+    Ranks meet after every part, so that the time limit of a collective holds for a part. The other ranks leave
+    ``parts`` alone.
+
+    Raises:
+        InputError: Raised by a part on rank 0; then it is raised on every rank.
+    """
+    work = iter(parts)
+    while on_rank_0(lambda: next(work, _END) is not _END):
+        pass

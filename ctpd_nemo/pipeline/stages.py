@@ -77,7 +77,7 @@ _STATUS = "stage.json"
 # Open files whose locks say that this process is at work in a stage.
 _claims: dict[Path, IO[str]] = {}
 # How the work is cut up changes results by rounding alone: a run may go on with other values of these.
-_CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing")
+_CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing", "encoded")
 
 
 @dataclass(frozen=True)

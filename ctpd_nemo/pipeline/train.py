@@ -15,6 +15,7 @@ from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
 from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.callbacks import Checkpointing, DataReport, MetricLog
+from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
@@ -40,6 +41,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     reference = getattr(run.method, "reference", None)
     data = RunData(run, method.responses, method.two_sided, online=method.two_sided and reference == "online")
     initialize(run.parallel, run.seed)
+    use_encoded(data)
     if reference == "cache":
         data.scores = _open_scores(run, data, method.two_sided)
     data.weights = weights_fingerprints(_starting_weights(run, data))

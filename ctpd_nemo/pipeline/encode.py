@@ -1,0 +1,49 @@
+"""Encoding ahead of a pipeline, as a job without its models."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.pipeline.encoded import use_encoded
+from ctpd_nemo.pipeline.stages import STAGES, StageResult, stage_config
+
+logger = logging.getLogger(__name__)
+
+
+def encode(config: DictConfig) -> list[Path]:
+    """Build the encoded datasets that the stages of a pipeline read, ahead of it and without its models.
+
+    Args:
+        config: That of ``run_pipeline``; the stages that are not null, and named by ``only``, say what is read how.
+
+    Returns:
+        The folders, each once.
+
+    Raises:
+        InputError: A value, file or tokenizer cannot be used.
+    """
+    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
+    folders: list[Path] = []
+    for stage in STAGES:
+        if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
+            continue
+        before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in stage.inputs.values()}
+        run = stage_config(config, stage, before)
+        for side in ("student", "teacher"):
+            # A model that an earlier stage trains reads as the one it began with.
+            if f"model.{side}.path" in stage.inputs:
+                getattr(run.model, side).path = config.model[side].path
+        method = METHODS.get(run.method.name)
+        two_sided = run.policy == "student" if method is None else method.two_sided
+        data = RunData(run, ("chosen", "rejected"), two_sided)
+        if run.data.encoded is None:
+            raise InputError("data.encoded", "null", "auto, or a folder for the encoded datasets")
+        use_encoded(data)
+        folders += [encoded.folder for encoded in data.encoded.values() if encoded.folder not in folders]
+    logger.info("encoded: %s", ", ".join(map(str, folders)))
+    return folders
