@@ -19,14 +19,19 @@ def whole_multiple(pad_to_multiple: int, sequence_multiple: int) -> int:
     return math.lcm(pad_to_multiple, sequence_multiple)
 
 
-def check_budget(budget: int, max_length: int, pad_to_multiple: int, sequence_multiple: int = 1) -> None:
-    """Stop where a pair that passes the length limit could not fit a microbatch.
+def check_budget(
+    budget: int,
+    max_length: int,
+    pad_to_multiple: int,
+    sequence_multiple: int = 1,
+    place: str = "data.microbatch_tokens",
+) -> None:
+    """Stop where a pair that passes the length limit could not fit a microbatch; ``place`` names the budget's key.
 
     Raises:
         InputError: The budget is under two padded sequences of ``max_length``, or no multiple of what microbatches are
             padded to.
     """
-    place = "data.microbatch_tokens"
     multiple = whole_multiple(pad_to_multiple, sequence_multiple)
     least = 2 * round_up(max_length, multiple)
     if budget < least:

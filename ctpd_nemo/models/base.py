@@ -20,6 +20,7 @@ from ctpd_nemo.data.loader import StepBatch, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
+from ctpd_nemo.models.data_wait import DataWait
 from ctpd_nemo.models.forward import (
     StepLoss,
     equal_microbatches,
@@ -49,6 +50,7 @@ class MegatronModel(ModelPT):
         last_metrics: Of the last training step, means over its global batch.
         last_stats: What went into that step, and what was left out of it.
         last_validation: Of the last pass over the held-out pairs.
+        data_wait: How long steps have waited for their data.
     """
 
     metric_names: ClassVar[tuple[str, ...]]
@@ -72,6 +74,7 @@ class MegatronModel(ModelPT):
         self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
         self.last_stats = StepStats()
+        self.data_wait = DataWait()
         self.last_validation: dict[str, float] = {}
         self._validation: list[StepLoss] = []
         self._validation_stats = StepStats()
@@ -190,6 +193,8 @@ class MegatronModel(ModelPT):
             **_left_out(self.last_stats),
             "step_seconds": seconds,
             "tokens_per_second": self.last_stats.tokens / seconds,
+            "data_wait_seconds": self.data_wait.add(batch.wait_seconds, seconds),
+            "data_wait_share": self.data_wait.share,
         }
         self._check_finite()
         for name, value in self.last_metrics.items():

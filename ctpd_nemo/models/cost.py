@@ -1,4 +1,4 @@
-"""What the parts of a model cost, from its architecture."""
+"""What the parts of a model cost in time and memory, from its architecture."""
 
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.data.cost import SequenceCost
@@ -33,3 +33,24 @@ def sequence_cost(architecture: Architecture) -> SequenceCost:
         head=architecture.vocab_size * architecture.hidden_size / (layer * architecture.num_layers),
         window=architecture.sliding_window,
     )
+
+
+def stage_parameters(architecture: Architecture, tensor: int, pipeline: int, first: bool, last: bool) -> int:
+    """Weights of one rank.
+
+    Args:
+        architecture: Of the model.
+        tensor: Tensor-parallel size.
+        pipeline: Pipeline-parallel size; stages have equally many layers.
+        first: The rank's stage has the embedding.
+        last: It has the final norm and the output layer, a copy of its own where the embedding is on another stage.
+    """
+    a = architecture
+    widths = (a.num_attention_heads + 2 * a.num_query_groups) * a.head_dim
+    layer = (layer_matrix_parameters(a) + a.qkv_bias * widths) // tensor
+    layer += 2 * a.hidden_size + a.qk_norm * 2 * a.head_dim
+    vocabulary = -(-a.vocab_size // tensor) * a.hidden_size
+    ends = first * vocabulary + last * a.hidden_size
+    if last and not (first and a.tied_embeddings):
+        ends += vocabulary
+    return layer * (a.num_layers // pipeline) + ends

@@ -12,6 +12,7 @@ from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset
 from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
+from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
@@ -147,6 +148,10 @@ class RunData:
     def datasets(self) -> dict[str, PreferenceDataset]:
         """The pairs by name: "train", and "validation" where there are such."""
         return {"train": self.train} | ({"validation": self.validation} if self.validation is not None else {})
+
+    def source(self, name: str) -> PairSource:
+        """Where the encoded pairs of a dataset come from."""
+        return self.encoded.get(name, TextSource(self.datasets()[name], self.encoder))
 
     @cached_property
     def _balanced(self) -> Batching:

@@ -1,11 +1,14 @@
 """The forward-only job that fills the span score cache."""
 
+import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from nemo.core.classes import ModelPT
@@ -17,6 +20,14 @@ from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch, StepLoader, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.memory import (
+    free_bytes,
+    full_microbatch,
+    largest_microbatch,
+    least_of_all_ranks,
+    most_indexed_tokens,
+)
 from ctpd_nemo.models.teacher import FrozenModel
 from ctpd_nemo.parallel.layout import local_device
 
@@ -36,6 +47,11 @@ class ScoreConfig:
         positive: The teacher trained by DPO, likewise.
         negative: The teacher trained on swapped pairs, likewise.
         pairs_per_shard: Pairs of one file of the cache, and what a job that is cut off does again at most.
+        together: Whether all models are held at once and the data is gone through once, or one model after the other;
+            ``None`` holds as many at once as fit.
+        microbatch_tokens: Tokens of a forward pass at most; ``None`` for the most that fit on a GPU, and for
+            ``data.microbatch_tokens`` on a CPU, which is no faster with more. Scores do not depend on it beyond
+            rounding.
     """
 
     name: str = "score"
@@ -44,6 +60,8 @@ class ScoreConfig:
     positive: str | None = None
     negative: str | None = None
     pairs_per_shard: int = 512
+    together: bool | None = None
+    microbatch_tokens: int | None = None
 
     def check(self) -> None:
         """Stop with an ``InputError`` where there is nothing to do, or nowhere to write."""
@@ -51,8 +69,10 @@ class ScoreConfig:
             raise InputError("method.cache", "nothing", "a folder for the scores")
         if not self.folders():
             raise InputError("method", "no model", "a folder for one or more of " + ", ".join(ROLES))
-        if self.pairs_per_shard < 1:
-            raise InputError("method.pairs_per_shard", str(self.pairs_per_shard), "1 or more")
+        for name in ("pairs_per_shard", "microbatch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"method.{name}", str(value), "1 or more")
 
     def folders(self) -> dict[str, str]:
         """The folder of each role that is to be scored."""
@@ -80,20 +100,25 @@ class Scorer(ModelPT):
 
     Attributes:
         stats: What this replica has scored, and what it had to leave out.
+        microbatch_tokens: Tokens of a forward pass at most; known once the models are there.
+        started: When the first shard began, on the clock of ``time.perf_counter``.
     """
 
     def __init__(
         self,
         run: RunConfig,
         folders: Mapping[str, str],
-        shards: Callable[[int, int], StepLoader],
+        shards: Callable[[int, int, int], StepLoader],
+        budget: Callable[[Mapping[str, FrozenModel]], int],
         sink: ScoreSink,
         trainer: Trainer,
     ) -> None:
         """Args:
         run: The configuration; parallel layout and precision are the scored models'.
         folders: Hugging Face folder of each role.
-        shards: From data-parallel rank and size to a loader of the shards that this replica does, one an item.
+        shards: From data-parallel rank and size and the tokens of a microbatch to a loader of the shards that this
+            replica does, one an item.
+        budget: From the models to the tokens of a microbatch; all ranks call it together.
         sink: Where scores go; called on one rank of each replica.
         trainer: Lightning's trainer with a ``MegatronStrategy``.
         """
@@ -101,6 +126,7 @@ class Scorer(ModelPT):
         self.run = run
         self.folders = folders
         self.shards = shards
+        self.budget = budget
         self.sink = sink
         self.models: dict[str, FrozenModel] = {}
         self.chunks: list[Any] = []
@@ -112,6 +138,18 @@ class Scorer(ModelPT):
         """Read the frozen models; Lightning calls it when the process groups are there."""
         for role, folder in self.folders.items():
             self.models[role] = FrozenModel(folder, self.run.parallel, self.run.precision)
+        self.microbatch_tokens = self.budget(self.models)
+
+    def release(self) -> None:
+        """Free the models, so that others can take their place."""
+        self.models.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def on_predict_start(self) -> None:
+        """Start the clock."""
+        self.started = time.perf_counter()
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score one shard and hand it to the sink."""
@@ -129,7 +167,8 @@ class Scorer(ModelPT):
 
     def predict_dataloader(self) -> StepLoader:
         """The shards of this replica."""
-        return self.shards(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+        rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        return self.shards(rank, size, self.microbatch_tokens)
 
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
         """Move the microbatches of a shard."""
@@ -145,6 +184,45 @@ class Scorer(ModelPT):
 
     def setup_validation_data(self, val_data_config: Any = None) -> None:
         """Nothing is validated."""
+
+
+def forward_budget(models: Mapping[str, FrozenModel], data: RunData, pairs_per_shard: int) -> int:
+    """Tokens of a forward pass at most, alike on every rank: as configured, or on a GPU as many as fit.
+
+    Raises:
+        InputError: Not even ``data.microbatch_tokens`` fit.
+    """
+    run, device = data.run, local_device()
+    if run.method.microbatch_tokens is not None or device.type == "cpu":
+        return run.method.microbatch_tokens or run.data.microbatch_tokens
+    rows = range(min(pairs_per_shard, len(data.train)))
+    most = int(data.source("train").lengths(rows, "reference", ("chosen", "rejected"))[0].sum())
+    if run.parallel.pipeline > 1:
+        # The pipeline is full only while there are several microbatches a stage.
+        most //= 4 * run.parallel.pipeline
+    for model in models.values():
+        most = min(most, most_indexed_tokens(model.architecture, run.parallel))
+
+    def peak_of(tokens: int) -> int:
+        microbatch = full_microbatch(tokens, run.data.max_length, data.batching).to(device)
+        try:
+            return max(peak_bytes(model, [microbatch] * run.parallel.pipeline) for model in models.values())
+        except torch.OutOfMemoryError:
+            if dist.get_world_size(parallel_state.get_model_parallel_group()) > 1:
+                # The other ranks of this model wait for it in a collective, and would for ever.
+                raise
+            return 0
+
+    return largest_microbatch(peak_of, run.data.microbatch_tokens, most, least_of_all_ranks(free_bytes()))
+
+
+def peak_bytes(model: FrozenModel, microbatches: Sequence[Microbatch]) -> int:
+    """The most bytes that a forward pass takes on the GPU beside what is there."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model.score(microbatches)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _speaks_for_replica() -> bool:

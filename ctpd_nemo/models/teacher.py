@@ -5,13 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.models.cost import stage_parameters
 from ctpd_nemo.models.forward import StepLoss, run_microbatches
 from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, local_device
 from ctpd_nemo.parallel.precision import PrecisionConfig
+
+
+def weight_bytes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> int:
+    """Bytes of a frozen model's weights on the rank that holds most; process groups need not be there."""
+    stages = {(True, True)} if parallel.pipeline == 1 else {(True, False), (False, True)}
+    most = max(stage_parameters(architecture, parallel.tensor, parallel.pipeline, *ends) for ends in stages)
+    return most * precision.torch_dtype().itemsize
 
 
 class FrozenModel:

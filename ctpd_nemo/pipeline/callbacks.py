@@ -121,12 +121,15 @@ class DataReport(Callback):
             InputError: Every pair of the run was skipped; it is raised before the last checkpoint is written.
         """
         self.stats += pl_module.last_stats
+        if pl_module.data_wait.steps == 1:
+            logger.info("%-13s data of the first step after %.1f s", self.title, pl_module.data_wait.first_seconds)
         if trainer.global_step == trainer.max_steps and not self.stats.pairs:
             raise InputError(self.place, str(self.stats), "pairs that can be trained on")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Report."""
-        logger.info("%-13s trained on %s", self.title, self.stats)
+        waited = f"{pl_module.data_wait.share:.2%} of step time spent waiting for data"
+        logger.info("%-13s trained on %s; %s", self.title, self.stats, waited)
 
 
 class MetricLog(Callback):

@@ -1,22 +1,29 @@
 """One scoring job: frozen models over preference pairs, into a span score cache."""
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.loader import StepDataset, StepLoader
+from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.forward import sum_over_data_parallel
-from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer
+from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
+from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
+from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
+from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
@@ -39,44 +46,84 @@ def score(run: RunConfig) -> Path:
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
     method.check()
-    cache = Path(str(method.cache))
+    cache, folders = Path(str(method.cache)), method.folders()
     data = RunData(run, ("chosen", "rejected"), two_sided=run.policy == "student")
-    for folder in method.folders().values():
+    multiples = data.batching.pad_to_multiple, data.batching.sequence_multiple
+    if method.microbatch_tokens is not None:
+        check_budget(method.microbatch_tokens, run.data.max_length, *multiples, place="method.microbatch_tokens")
+    for folder in folders.values():
         check_vocabulary(data.encoder.reference, read_architecture(folder).vocab_size, folder)
     initialize(run.parallel, run.seed)
     writer = ScoreWriter(
         cache,
         score_fingerprints(data, run.precision.name),
-        weights_fingerprints(method.folders()),
+        weights_fingerprints(folders),
         len(data.train),
         method.pairs_per_shard,
     )
     on_rank_0(writer.begin)
-    # Asked once: all ranks must share out the same shards, and the first are soon written.
-    missing = on_rank_0(lambda: writer.missing(method.folders()))
-    logger.info("%s: %d of %d shards to score", cache, len(missing), writer.n_shards)
+    use_encoded(data)
+    # Asked once: all ranks must hold the same models, and share out the same shards.
+    todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if writer.missing([role])})
+    if not todo:
+        logger.info("%s: no shard to score", cache)
+    trainer = build_trainer(run, total_steps=1) if todo else None
+    for roles in _passes(run, todo):
+        assert trainer is not None
+        missing = on_rank_0(functools.partial(writer.missing, roles))
+        logger.info("%s: %d of %d shards to score, %s", cache, len(missing), writer.n_shards, " and ".join(roles))
+        _pass(data, {role: todo[role] for role in roles}, missing, writer, trainer)
+    dist.barrier()
+    return cache
 
-    def shards(dp_rank: int, dp_size: int) -> StepLoader:
-        return _loader(data, method.pairs_per_shard, missing[dp_rank::dp_size])
+
+def _passes(run: RunConfig, folders: Mapping[str, str]) -> list[list[str]]:
+    """The roles of each pass over the data, alike on every rank."""
+    if not folders:
+        return []
+    weights = [weight_bytes(read_architecture(folder), run.parallel, run.precision) for folder in folders.values()]
+    roles = list(folders)
+    chosen = model_passes(weights, least_of_all_ranks(free_bytes()), run.method.together)
+    return [[roles[number] for number in numbers] for numbers in chosen]
+
+
+def _pass(
+    data: RunData, folders: Mapping[str, str], missing: Sequence[int], writer: ScoreWriter, trainer: Trainer
+) -> None:
+    """Score the missing shards under the models that are held together."""
+    pairs_per_shard = data.run.method.pairs_per_shard
+
+    def shards(dp_rank: int, dp_size: int, microbatch_tokens: int) -> StepLoader:
+        return _loader(data, pairs_per_shard, missing[dp_rank::dp_size], microbatch_tokens)
 
     def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
         ids = [data.train[row].id for row in rows]
         writer.write(role, shard, [PairScores(id_, *pair) for id_, pair in zip(ids, scores, strict=True)])
 
-    if missing:
-        trainer = build_trainer(run, total_steps=1)
-        scorer = Scorer(run, method.folders(), shards, sink, trainer)
-        trainer.predict(scorer, return_predictions=False)
-        logger.info("%s: scored %s", cache, sum_over_data_parallel(scorer.stats, local_device()))
-    dist.barrier()
-    return cache
+    def budget(models: Mapping[str, FrozenModel]) -> int:
+        return forward_budget(models, data, pairs_per_shard)
+
+    scorer = Scorer(data.run, folders, shards, budget, sink, trainer)
+    trainer.predict(scorer, return_predictions=False)
+    # Every replica is done when the counts are summed.
+    stats = sum_over_data_parallel(scorer.stats, local_device())
+    rate = len(folders) * stats.tokens / (time.perf_counter() - scorer.started)
+    logger.info(
+        "%s: scored %s; %s in one pass, %d tokens a microbatch, %.0f tokens/s",
+        writer.folder,
+        stats,
+        " and ".join(folders),
+        scorer.microbatch_tokens,
+        rate,
+    )
+    scorer.release()
 
 
-def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int]) -> StepLoader:
-    batching = dataclasses.replace(data.batching, side="reference")
+def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int], microbatch_tokens: int) -> StepLoader:
+    batching = dataclasses.replace(data.batching, side="reference", microbatch_tokens=microbatch_tokens)
     plan = StepPlan.in_order(len(data.train), pairs_per_shard)
     return StepLoader(
-        StepDataset(data.train, data.encoder, plan, batching),  # type: ignore[arg-type]
+        StepDataset(data.train, data.encoder, plan, batching, encoded=data.encoded.get("train")),  # type: ignore[arg-type]
         sampler=shards,
         batch_size=None,
         num_workers=data.run.data.num_workers,

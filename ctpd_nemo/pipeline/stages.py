@@ -290,7 +290,8 @@ def _fingerprint(run: RunConfig, stage: Stage, stages: Mapping[str, str]) -> str
         "stages": {key: stages[source] for key, source in stage.inputs.items()},
     }
     if stage.name == "score":
-        del content["method"]["cache"]
+        for name in ("cache", "together", "microbatch_tokens"):
+            del content["method"][name]
     else:
         content |= {"optim": values["optim"], "epochs": trainer["epochs"], "max_steps": trainer["max_steps"]}
     for name in ("student", "teacher") if stage.name in ("score", "ctpd") else (run.policy,):

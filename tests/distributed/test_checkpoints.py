@@ -14,7 +14,7 @@ from tests.distributed.conftest import Launches
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
 from tests.distributed.resume_jobs import CHECKPOINT, CONTINUED, CUT, STEPS, STORED
 
-_TIMES = ("step_seconds", "tokens_per_second")
+_TIMES = ("step_seconds", "tokens_per_second", "data_wait_seconds", "data_wait_share")
 AGAIN = [(source, target) for cases in CONTINUED.values() for source, target, _ in cases if target.endswith("again")]
 ELSEWHERE = [(source, target) for cases in CONTINUED.values() for source, target, _ in cases if "-at-" in target]
 

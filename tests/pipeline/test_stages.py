@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import time
 from collections import Counter
@@ -84,7 +85,10 @@ def scores(run_dir: Path) -> dict[str, Any]:
 
 def metrics(run_dir: Path, stage: str) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (run_dir / stage / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if "second" not in name} for row in rows]
+    return [
+        {name: value for name, value in row.items() if "second" not in name and name != "data_wait_share"}
+        for row in rows
+    ]
 
 
 def cut_off(stage_dir: Path) -> None:
@@ -152,7 +156,9 @@ def test_what_was_trained_on_and_what_was_left_out_is_told_at_the_end(
         run([*recipe(finished.world, tmp_path / "run"), *STUDENT_ALONE, "data.max_length=30"])
     (line,) = [record.getMessage() for record in caplog.records if "trained on" in record.getMessage()]
     reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
-    assert line == (
+    counts, waited = line.split("; ")
+    assert re.fullmatch(r"\d+\.\d\d% of step time spent waiting for data", waited)
+    assert counts == (
         f"sft_student   trained on {24 - skipped.total()} pairs, {skipped.total()} skipped ({reasons}), "
         f"{truncated} responses truncated"
     )
