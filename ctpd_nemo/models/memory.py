@@ -99,7 +99,7 @@ def full_microbatch(tokens: int, max_length: int, batching: Batching) -> Microba
     spans = np.arange(length - 1, dtype=np.int32)
     sequence = SideTokens(ids[:1], ids[1:], spans)
     response = EncodedResponse(sequence, sequence, np.arange(length), length - 1, truncated=False)
-    padded = round_up(length, batching.whole_multiple)
+    padded = round_up(length, batching.sequence_multiple)
     return build_microbatch(
         [EncodedPair(index, str(index), response, response) for index in range(tokens // (2 * padded))],
         pad_token_id=0,

@@ -26,6 +26,7 @@ class Layout:
         methods: Names of jobs, see ``method``; ``ctpd`` reads the scores of this layout's ``score``, or of ``one``'s.
         packing: "packed", or "padded" with one pair a microbatch.
         precision: "fp32" or "bf16".
+        encoded: Whether pairs are encoded ahead, by the first process while the others wait.
         slow: Left to the slow tests.
     """
 
@@ -34,6 +35,7 @@ class Layout:
     methods: tuple[str, ...] = _COMMON
     packing: str = "packed"
     precision: str = "fp32"
+    encoded: bool = False
     slow: bool = False
 
 
@@ -48,7 +50,7 @@ LAYOUTS = {
     "dp2": Layout(2, methods=(*_COMMON, "score_one_shard")),
     "sp2-recompute-full": Layout(2, {"tensor": 2, "sequence": True, "recompute": "full"}, ("sft", "dpo", "ctpd")),
     "vp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, ("sft", "dpo", "online")),
-    "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",)),
+    "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",), encoded=True),
     "cp2": Layout(2, {"context": 2}),
     "tp2pp2": Layout(4, {"tensor": 2, "pipeline": 2}, ("sft", "dpo", "ctpd", "online", "same")),
     "tp2-padded": Layout(2, {"tensor": 2}, packing="padded", slow=True),
@@ -134,6 +136,7 @@ def layout_jobs(home: Path, name: str) -> list[dict[str, Any]]:
         parts["data"] = {
             "packing": layout.packing,
             "microbatch_tokens": budget + -budget % parts_of_a_sequence,
+            "encoded": str(home / name / "encoded") if layout.encoded else None,
         }
         jobs.append(
             job(home, f"{name}/{method_name}", parts, gradients=[0, 1], export=not method_name.startswith("score"))
