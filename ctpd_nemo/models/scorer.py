@@ -101,7 +101,7 @@ class Scorer(ModelPT):
     Attributes:
         stats: What this replica has scored, and what it had to leave out.
         microbatch_tokens: Tokens of a forward pass at most; known once the models are there.
-        started: When the first shard began, on the clock of ``time.perf_counter``.
+        started: When the models were there, on the clock of ``time.perf_counter``.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class Scorer(ModelPT):
         for role, folder in self.folders.items():
             self.models[role] = FrozenModel(folder, self.run.parallel, self.run.precision)
         self.microbatch_tokens = self.budget(self.models)
+        self.started = time.perf_counter()
 
     def release(self) -> None:
         """Free the models, so that others can take their place."""
@@ -146,10 +147,6 @@ class Scorer(ModelPT):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def on_predict_start(self) -> None:
-        """Start the clock."""
-        self.started = time.perf_counter()
 
     def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score one shard and hand it to the sink."""
