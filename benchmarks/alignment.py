@@ -1,6 +1,6 @@
 """Time of aligning spans beside the time of tokenizing the same texts.
 
-    python benchmarks/alignment.py --tokenizers FOLDER FOLDER ... [--texts pairs.jsonl] [--json out.json]
+    python benchmarks/alignment.py --tokenizers FOLDER FOLDER ... [--texts pairs.jsonl] [--json FILE]
 
 Every ordered pair of the tokenizers takes its turn on the same batches. One turn tokenizes a batch with both sides
 (ids taken out of the encodings: what any data loader must do), then does the rest of ``align_batch`` on those ids; the
@@ -17,8 +17,7 @@ import statistics
 import time
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
+from report import Table, add_report_arguments, begin, write_report
 from transformers import AutoTokenizer
 
 from ctpd_nemo.spans import align_batch
@@ -28,27 +27,39 @@ from ctpd_nemo.spans.text_reader import TextReader, text_reader
 
 
 def main() -> None:
+    """Measure every ordered pair of tokenizers, report."""
     arguments = parse_arguments()
+    begin(arguments)
+    # Read when a tokenizer is first called.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     texts = read_texts(arguments.texts)[: arguments.limit] if arguments.texts else generated_texts(arguments.limit)
     tokenizers = {Path(folder).name: AutoTokenizer.from_pretrained(folder) for folder in arguments.tokenizers}
     n_bytes = sum(len(data) for data in utf8(texts))
-    print(f"{len(texts)} texts, {n_bytes / len(texts):.0f} bytes each on average, {arguments.repeats} repeats\n")
-    print("| teacher | student | batch | tokenize, ms | with offsets, ms | align, ms | align / tokenize |")
-    print("|---|---|---:|---:|---:|---:|---:|")
-    results = []
+    pairs = []
     for teacher, student in itertools.permutations(tokenizers, 2):
         readers = text_reader(tokenizers[teacher]), text_reader(tokenizers[student])
         check_parts_make_the_whole(texts[:8], tokenizers[teacher], tokenizers[student])
         for batch_size in arguments.batch_sizes:
-            result = {"teacher": teacher, "student": student, "batch_size": batch_size}
-            result |= measure(texts, batch_size, *readers, repeats=arguments.repeats)
-            results.append(result)
-            times = " | ".join(f"{result[name]:.1f}" for name in ("tokenize_ms", "with_offsets_ms", "align_ms"))
-            share = result["align_over_tokenize"]
-            print(f"| {teacher} | {student} | {batch_size} | {times} | {share:.1%} |", flush=True)
-    if arguments.json:
-        report = {"n_texts": len(texts), "n_bytes": n_bytes, "repeats": arguments.repeats, "results": results}
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+            sides = {"teacher": teacher, "student": student, "batch_size": batch_size}
+            pairs.append(sides | measure(texts, batch_size, *readers, repeats=arguments.repeats))
+    results = {"n_texts": len(texts), "n_bytes": n_bytes, "pairs": pairs}
+    write_report("Aligning spans beside tokenizing", [pairs_table(results, arguments)], results, arguments)
+
+
+def pairs_table(results: dict, arguments: argparse.Namespace) -> Table:
+    """One row an ordered pair of tokenizers and a size of batch."""
+    mean = results["n_bytes"] / results["n_texts"]
+    caption = f"{results['n_texts']} texts, {mean:.0f} bytes each on average; medians of {arguments.repeats} repeats."
+    header = ["teacher", "student", "batch", "tokenize, ms", "with offsets, ms", "align, ms", "align / tokenize"]
+    rows = [
+        [
+            *(str(row[name]) for name in ("teacher", "student", "batch_size")),
+            *(f"{row[name]:.1f}" for name in ("tokenize_ms", "with_offsets_ms", "align_ms")),
+            f"{row['align_over_tokenize']:.1%}",
+        ]
+        for row in results["pairs"]
+    ]
+    return Table(caption, header, rows)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -58,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=256, help="how many texts")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="also write the results to this file")
+    add_report_arguments(parser)
     return parser.parse_args()
 
 

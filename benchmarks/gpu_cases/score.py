@@ -24,13 +24,13 @@ def score_case(setting: Setting, case: Case, folder: Path) -> dict[str, Any]:
     """Score ``setting.steps`` batches; what ``train_case`` returns, where a step is a batch."""
     quiet.after_imports()
     student, teacher = (STUDENTS["toy"], 0), (TEACHERS[case.shape], case.layers)
-    run = run_config(setting, folder, student, teacher, case.precision)
+    run = run_config(setting, folder, student, teacher, case.precision, setting.scoring_tokens)
     run.check(world_size=1)
     initialize(run.parallel, run.seed)
     device = local_device()
     rate = matrix_rate(device)
     data = RunData(run, ("chosen", "rejected"), two_sided=True, online=True)
-    if getattr(run.precision, "fp8", None):
+    if run.precision.fp8 is not None:
         run.precision = dataclasses.replace(run.precision, fp8_frozen_weights=True)
     with drawn_weights():
         model = FrozenModel(str(folder / "teacher"), run.parallel, run.precision)

@@ -15,7 +15,8 @@ class Setting:
         pairs: How many of them, from the first.
         batch: Pairs a step.
         max_length: Most tokens of a prompt and a response.
-        microbatch_tokens: Tokens a microbatch holds at most.
+        microbatch_tokens: Tokens a microbatch holds at most, in training.
+        scoring_tokens: The same where a teacher scores.
         workers: Dataloader workers.
         steps: Steps of each case, those of the warm-up included.
         warmup: First steps that do not count.
@@ -30,6 +31,7 @@ class Setting:
     batch: int
     max_length: int
     microbatch_tokens: int
+    scoring_tokens: int
     workers: int
     steps: int
     warmup: int

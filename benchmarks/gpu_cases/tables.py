@@ -14,7 +14,7 @@ GIB = 2**30
 _CAPTIONS = {
     "train": "Training: CTPD from a score cache, {batch} pairs a step, microbatches of {microbatch_tokens} tokens, "
     "recompute {recompute}. Time of a whole step, median and quartiles; speed against bf16 step by step.",
-    "score": "Scoring: a frozen teacher, {batch} pairs a step, microbatches of {microbatch_tokens} tokens.",
+    "score": "Scoring: a frozen teacher, {batch} pairs a step, microbatches of {scoring_tokens} tokens.",
 }
 
 

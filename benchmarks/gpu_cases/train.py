@@ -32,7 +32,7 @@ def train_case(setting: Setting, case: Case, folder: Path) -> dict[str, Any]:
     """
     quiet.after_imports()
     student, teacher = (STUDENTS[case.shape], case.layers), (TEACHERS["toy"], 0)
-    run = run_config(setting, folder, student, teacher, case.precision)
+    run = run_config(setting, folder, student, teacher, case.precision, setting.microbatch_tokens)
     run.check(world_size=1)
     initialize(run.parallel, run.seed)
     rate = matrix_rate(local_device())

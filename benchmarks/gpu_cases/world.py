@@ -12,9 +12,9 @@ from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.models.config import ModelsConfig, RunConfig, SideConfig, TrainerConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import RunData
-from ctpd_nemo.models.gpt import PrecisionConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.pipeline.config import typed
 from gpu_cases.setting import Setting
 from gpu_cases.shapes import write_folder
@@ -33,6 +33,7 @@ def run_config(
     student: tuple[dict[str, Any], int],
     teacher: tuple[dict[str, Any], int],
     precision: str,
+    microbatch_tokens: int,
 ) -> RunConfig:
     """A training run of a student on its teacher.
 
@@ -42,6 +43,7 @@ def run_config(
         student: Its shape, and how many layers of it.
         teacher: Likewise.
         precision: By name.
+        microbatch_tokens: Of the setting, for training or for scoring.
     """
     write_folder(folder / "student", student[0], setting.student_tokenizer, student[1])
     write_folder(folder / "teacher", teacher[0], setting.teacher_tokenizer, teacher[1])
@@ -56,7 +58,7 @@ def run_config(
             train=[str(folder / "pairs.jsonl")],
             max_length=setting.max_length,
             global_batch_size=setting.batch,
-            microbatch_tokens=setting.microbatch_tokens,
+            microbatch_tokens=microbatch_tokens,
             num_workers=setting.workers,
         ),
         optim=OptimConfig(),

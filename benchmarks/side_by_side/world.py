@@ -12,9 +12,9 @@ from ctpd_nemo.data.templates import Side
 from ctpd_nemo.models.config import ModelsConfig, RunConfig, SideConfig, TrainerConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import RunData
-from ctpd_nemo.models.gpt import PrecisionConfig
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints
 from ctpd_nemo.pipeline.score import score

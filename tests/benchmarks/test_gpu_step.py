@@ -10,7 +10,8 @@ from ctpd_nemo.convert.architecture import read_architecture
 from tests.benchmarks.script import run_benchmark
 
 TOY = ["--device", "cpu", "--shapes", "toy", "--precisions", "fp32", "--workers", 0]
-TOY += ["--pairs", 8, "--batch", 4, "--max-length", 128, "--microbatch-tokens", 256, "--steps", 3, "--warmup", 1]
+TOY += ["--pairs", 8, "--batch", 4, "--max-length", 128, "--microbatch-tokens", 256]
+TOY += ["--scoring-tokens", 256, "--steps", 3, "--warmup", 1]
 TOY += ["--head-hidden", 16, "--head-vocab", 200, "--head-length", 8]
 
 
