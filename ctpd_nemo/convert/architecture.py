@@ -71,7 +71,15 @@ def read_architecture(folder: str | Path) -> Architecture:
         InputError: Not a folder, no ``config.json``, malformed, a family that is not known, or a feature that would
             change the numbers and is not supported.
     """
-    raw, place = _read_json_object(Path(folder))
+    return parse_architecture(*_read_json_object(Path(folder)))
+
+
+def parse_architecture(raw: dict[str, Any], place: str) -> Architecture:
+    """The architecture that the content of a ``config.json`` describes; ``place`` names it in errors.
+
+    Raises:
+        InputError: A family that is not known, or a feature that would change the numbers and is not supported.
+    """
     family = _family(raw, place)
     for key in _STATED_SIZES:
         if not isinstance(raw.get(key), int) or raw[key] < 1:
