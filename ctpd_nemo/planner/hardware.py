@@ -1,0 +1,102 @@
+"""The machine, in the numbers of its data sheet, and how much of them a run is taken to reach."""
+
+from dataclasses import dataclass, fields
+
+from ctpd_nemo.errors import InputError
+
+GIB = 2**30
+
+
+@dataclass
+class Hardware:
+    """One kind of GPU, and the nodes it stands in; ``conf/hardware`` states the source of every number.
+
+    Attributes:
+        name: As it is printed.
+        memory_gib: Memory of one GPU.
+        bf16_tflops: Dense matrix rate in bf16, in 1e12 operations a second.
+        fp8_tflops: The same in FP8.
+        fp32_tflops: The same in fp32, outside the tensor cores.
+        memory_tb_per_s: Memory bandwidth, in 1e12 bytes a second.
+        nvlink_gb_per_s: Bandwidth of one GPU to the others of its node, one direction, in 1e9 bytes a second.
+        network_gb_per_s: Bandwidth of one GPU to other nodes, one direction.
+        gpus_per_node: GPUs that NVLink joins.
+        matmul_fraction: Share of the matrix rate that the products of a layer reach (assumption).
+        attention_fraction: Share of the bf16 matrix rate that fused attention reaches (assumption).
+        memory_fraction: Share of the memory bandwidth that element-wise kernels reach (assumption).
+        link_fraction: Share of NVLink and network bandwidth that collectives reach (assumption).
+        latency_us: What a collective takes beyond its bytes, in microseconds (assumption).
+        layer_us: What the kernels of one layer take beyond their work, forward, in microseconds (assumption).
+        step_ms: What a step takes beyond its microbatches and collectives, in milliseconds (assumption).
+        reserved_gib: CUDA context, libraries and communication buffers (assumption).
+        headroom: Share of the memory that stays free, for what the allocator cannot use (assumption).
+    """
+
+    name: str
+    memory_gib: float
+    bf16_tflops: float
+    fp8_tflops: float
+    fp32_tflops: float
+    memory_tb_per_s: float
+    nvlink_gb_per_s: float
+    network_gb_per_s: float
+    gpus_per_node: int
+    matmul_fraction: float
+    attention_fraction: float
+    memory_fraction: float
+    link_fraction: float
+    latency_us: float
+    layer_us: float
+    step_ms: float
+    reserved_gib: float
+    headroom: float
+
+    def check(self) -> None:
+        """Stop with an ``InputError`` where a number cannot be one."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "name":
+                continue
+            if value < 0 or (value == 0 and not field.name.endswith(("_us", "_ms", "reserved_gib", "headroom"))):
+                raise InputError(f"hardware.{field.name}", str(value), "a positive number")
+            if (field.name.endswith("fraction") and value > 1) or (field.name == "headroom" and value >= 1):
+                raise InputError(f"hardware.{field.name}", str(value), "a share of at most 1")
+
+    @property
+    def usable_bytes(self) -> float:
+        """What tensors may take of one GPU."""
+        return (self.memory_gib * (1 - self.headroom) - self.reserved_gib) * GIB
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes a second that element-wise kernels move."""
+        return self.memory_tb_per_s * 1e12 * self.memory_fraction
+
+    def matmul_rate(self, kind: str) -> float:
+        """Operations a second of matrix products in "bf16", "fp8" or "fp32"."""
+        return getattr(self, f"{kind}_tflops") * 1e12 * self.matmul_fraction
+
+    def peak_rate(self, kind: str) -> float:
+        """The data sheet's operations a second."""
+        return getattr(self, f"{kind}_tflops") * 1e12
+
+    @property
+    def attention_rate(self) -> float:
+        """Operations a second of fused attention."""
+        return self.bf16_tflops * 1e12 * self.attention_fraction
+
+    def link_rate(self, stride: int, size: int) -> float:
+        """Bytes a second that each GPU of a group sends in a ring.
+
+        Ranks are numbered node by node. Within a node the ring runs over NVLink; over nodes every member that a node
+        has brings its own network card.
+
+        Args:
+            stride: Distance in ranks between neighbours of the group.
+            size: Members.
+        """
+        in_node = self.nvlink_gb_per_s
+        if stride * size > self.gpus_per_node:
+            members = max(1, self.gpus_per_node // stride)
+            in_node = min(in_node, members * self.network_gb_per_s)
+        return in_node * 1e9 * self.link_fraction
