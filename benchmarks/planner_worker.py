@@ -26,7 +26,7 @@ from megatron.core.transformer import MegatronModule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_flop, sdpa_flop
 
 from ctpd_nemo.convert.architecture import Architecture, parse_architecture
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
@@ -51,7 +51,8 @@ _COLLECTIVES = {
     "c10d::send": ("send", 0),
     "c10d::recv_": ("receive", 0),
 }
-# The CPU's attention kernels are not among those that the counter knows; these are its own formulas for the others.
+# The CPU's attention kernels, and a product that is added in place, are not among those that the counter knows; these
+# are its own formulas for the others.
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -64,7 +65,15 @@ def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_: A
     return sdpa_backward_flop(grad, query, key, value)
 
 
-_CPU_ATTENTION = {_ATTENTION: _attention_flops, _ATTENTION_BACKWARD: _attention_backward_flops}
+def _addmm_flops(total: Any, left: Any, right: Any, **_: Any) -> int:
+    return addmm_flop(total, left, right)
+
+
+_UNCOUNTED = {
+    _ATTENTION: _attention_flops,
+    _ATTENTION_BACKWARD: _attention_backward_flops,
+    torch.ops.aten.addmm_: _addmm_flops,
+}
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -157,7 +166,9 @@ class Collectives(TorchDispatchMode):
         if group.size() == 1:
             return
         payload = [tensor for tensor in tree_leaves(args[place]) if isinstance(tensor, Tensor)]
-        key = f"{self._names.get(group.group_name, group.group_name)} {kind}"
+        # Megatron-Core receives over the default group where two stages have groups of their own to send over.
+        name = "pipeline" if kind in ("send", "receive") else self._names.get(group.group_name, "other")
+        key = f"{name} {kind}"
         self.calls[key] += 1
         self.bytes[key] += sum(tensor.nbytes for tensor in payload)
 
@@ -271,7 +282,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         before_update = live.peak
         built.optimizer.step()
     # By itself: this mode holds on to tensors.
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
+    with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as flops:
         built.step()
     return {
         "case": case["name"],

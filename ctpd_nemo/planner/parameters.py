@@ -10,6 +10,9 @@ from ctpd_nemo.convert.layout import blocks_shape, hf_tensor_shapes, layer_name,
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
 
+# The name of both the embedding and the output layer: a rank's rows of the vocabulary.
+VOCABULARY = "vocabulary"
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -55,7 +58,7 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage
     layers = layer_share(architecture, parallel.tensor) * chunk_layers(architecture, parallel)
     vocabulary = padded_vocab_size(architecture.vocab_size, parallel.tensor) // parallel.tensor
     shared = architecture.tied_embeddings and parallel.pipeline > 1
-    rows = Parameter("vocabulary", vocabulary * architecture.hidden_size, shared=shared)
+    rows = Parameter(VOCABULARY, vocabulary * architecture.hidden_size, shared=shared)
     stages = []
     for chunk in range(chunks):
         parameters = list(layers)
