@@ -186,7 +186,9 @@ def _group_names() -> dict[str, str]:
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
         "model": parallel_state.get_model_parallel_group(),
     }
-    return {group.group_name: name for name, group in reversed(groups.items()) if group is not None and group.size() > 1}
+    return {
+        group.group_name: name for name, group in reversed(groups.items()) if group is not None and group.size() > 1
+    }
 
 
 def microbatch(sequences: Sequence[tuple[int, int]], vocab: int, multiple: int) -> Microbatch:
@@ -308,7 +310,9 @@ def head_bytes(built: Case) -> int:
     if not chunk.post_process:
         return 0
     count = int((batch.labels >= 0).sum())
-    weight = chunk.shared_embedding_or_output_weight() if built.architecture.tied_embeddings else chunk.output_layer.weight
+    weight = (
+        chunk.shared_embedding_or_output_weight() if built.architecture.tied_embeddings else chunk.output_layer.weight
+    )
     hidden_NH = torch.randn(count, built.architecture.hidden_size, dtype=weight.dtype, requires_grad=True)
     weight_VH = weight.detach().requires_grad_()
     labels_N = torch.zeros(count, dtype=torch.int64)

@@ -11,35 +11,10 @@ from dataclasses import dataclass
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.numerics import Numerics
+from ctpd_nemo.planner.shapes import Shape
 
 # Megatron-Core keeps the rotary table of this many lengths (``RotaryEmbedding.forward``).
 _ROTARY_TABLES = 32
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a microbatch that memory and work depend on.
-
-    Attributes:
-        tokens: Padding included.
-        targets: Response tokens, at whose positions log-probs are computed.
-        sequences: Packed end to end.
-        longest: Tokens of the longest of them.
-        attended: Pairs of tokens of which one sees the other: the sum of ``n (n + 1) / 2``.
-    """
-
-    tokens: int
-    targets: int
-    sequences: int
-    longest: int
-    attended: int
-
-    @classmethod
-    def full(cls, tokens: int, longest: int) -> "Shape":
-        """The most that a microbatch of so many tokens can ask for: sequences of full length, all of it response."""
-        sequences, rest = divmod(tokens, longest)
-        attended = sequences * longest * (longest + 1) // 2 + rest * (rest + 1) // 2
-        return cls(tokens, tokens, sequences + (rest > 0), min(tokens, longest), attended)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
-from ctpd_nemo.planner.activations import Shape
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.parameters import Parameter, buffer_numel, chunk_layers, stage_parameters
+from ctpd_nemo.planner.shapes import Shape
 
 # Between two stages the shape of a tensor of three dimensions goes first, int64 (``variable_seq_lengths``).
 _SHAPE_BYTES = 3 * 8
@@ -182,8 +182,9 @@ def _partial_gradients(chunk: Sequence[Parameter], parallel: ParallelConfig) -> 
 
     All norms under sequence parallelism; without it those of queries and keys, each head of which is on one rank.
     """
+    by_head = (".q_layernorm", ".k_layernorm")
     return sum(
         parameter.numel
         for parameter in chunk
-        if parameter.replicated and (parallel.sequence or ".q_layernorm" in parameter.name or ".k_layernorm" in parameter.name)
+        if parameter.replicated and (parallel.sequence or any(name in parameter.name for name in by_head))
     )

@@ -10,13 +10,12 @@ fused attention makes the scores again, log-probs make their logits again, recom
 local attention fills in what the causal mask then hides.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
-from ctpd_nemo.planner.activations import Shape
+from ctpd_nemo.planner.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -50,49 +49,25 @@ def layer_elements(architecture: Architecture) -> int:
     return a.hidden_size * (2 * queries + 2 * keys + 3 * a.ffn_hidden_size)
 
 
-def attended_pairs(lengths: Iterable[int], window: int | None = None) -> int:
-    """Pairs of tokens of which one sees the other, over causal sequences.
-
-    Args:
-        lengths: Tokens of each sequence.
-        window: Tokens that each token sees at most, itself included.
-    """
-    total = 0
-    for length in lengths:
-        seen = length if window is None else min(window, length)
-        total += seen * (seen + 1) // 2 + (length - seen) * seen
-    return total
-
-
-def forward_flops(architecture: Architecture, shape: Shape, vocabulary: int | None = None) -> Flops:
-    """Operations of a forward pass as the mathematics needs it; ``vocabulary`` counts rows that pad it, too."""
+def _forward(architecture: Architecture, tokens: int, scores: int, targets: int, vocabulary: int) -> Flops:
     a = architecture
-    rows = a.vocab_size if vocabulary is None else vocabulary
     return Flops(
-        layers=2.0 * a.num_layers * layer_elements(a) * shape.tokens,
-        attention=4.0 * a.num_layers * a.num_attention_heads * a.head_dim * shape.attended,
-        head=2.0 * rows * a.hidden_size * shape.targets,
+        layers=2.0 * a.num_layers * layer_elements(a) * tokens,
+        attention=4.0 * a.num_layers * a.num_attention_heads * a.head_dim * scores,
+        head=2.0 * vocabulary * a.hidden_size * targets,
     )
 
 
 def model_flops(architecture: Architecture, shape: Shape, backward: bool = True) -> Flops:
     """Operations that the mathematics needs."""
-    forward = forward_flops(architecture, shape)
+    forward = _forward(architecture, shape.tokens, shape.attended, shape.targets, architecture.vocab_size)
     return forward.scaled(3.0, 3.0, 3.0) if backward else forward
 
 
-def hardware_flops(
-    architecture: Architecture,
-    parallel: ParallelConfig,
-    shape: Shape,
-    attention: str = "fused",
-    backward: bool = True,
-) -> Flops:
+def hardware_flops(architecture: Architecture, parallel: ParallelConfig, shape: Shape, backward: bool = True) -> Flops:
     """Operations that run."""
-    if attention == "local":
-        attended = shape.sequences * shape.longest**2
-        shape = Shape(shape.tokens, shape.targets, shape.sequences, shape.longest, attended)
-    forward = forward_flops(architecture, shape, padded_vocab_size(architecture.vocab_size, parallel.tensor))
+    rows = padded_vocab_size(architecture.vocab_size, parallel.tensor)
+    forward = _forward(architecture, shape.tokens, shape.scored, shape.targets, rows)
     if not backward:
         return forward
     again = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[parallel.recompute]

@@ -6,8 +6,8 @@ from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.losses.logprobs import CHUNK_LOGITS
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
-from ctpd_nemo.planner.activations import Shape
 from ctpd_nemo.planner.numerics import Numerics
+from ctpd_nemo.planner.shapes import Shape
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.parallel.layout import ParallelConfig
-from ctpd_nemo.planner.activations import LayerBytes, Shape, final_norm_bytes, layer_bytes, rotary_bytes
+from ctpd_nemo.planner.activations import LayerBytes, final_norm_bytes, layer_bytes, rotary_bytes
 from ctpd_nemo.planner.head import HeadBytes, head_bytes
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.parameters import VOCABULARY, Parameter, buffer_numel, chunk_layers, stage_parameters
 from ctpd_nemo.planner.schedule import in_flight
+from ctpd_nemo.planner.shapes import Shape
 
 # tokens, position_ids, labels int64; span_ids int32; and for the spans, of which there are at most as many as tokens,
 # span_response int32, span_weights and reference_logprobs f32 (``data.batch.Microbatch``).

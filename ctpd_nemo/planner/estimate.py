@@ -1,0 +1,264 @@
+"""One job in one layout: does it fit, and what does it cost?"""
+
+import functools
+from dataclasses import dataclass
+
+from ctpd_nemo.data.packing import check_budget
+from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.gpt import PrecisionConfig, transformer_config
+from ctpd_nemo.planner.batches import Cut, Load, cut_batches
+from ctpd_nemo.planner.communication import Traffic, merged, step_traffic
+from ctpd_nemo.planner.flops import hardware_flops, model_flops
+from ctpd_nemo.planner.hardware import Hardware
+from ctpd_nemo.planner.jobs import FrozenModels, Job, Layout
+from ctpd_nemo.planner.memory import Frozen, Request, StageMemory, job_memory
+from ctpd_nemo.planner.shapes import Shape, fullest_shape
+from ctpd_nemo.planner.timing import Parts, pass_parts, update_parts
+from ctpd_nemo.planner.workload import Lengths
+
+# Shards of a scoring job that stand for all of them: each has hundreds of pairs.
+_SHARDS = 2
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job costs in a layout.
+
+    Attributes:
+        job: The job.
+        layout: The layout.
+        stages: Memory of one GPU of every pipeline stage.
+        parts: Where the time of a step goes; a step of a scoring job is one shard on every replica.
+        steps: Steps of the job.
+        step_tokens: Tokens of the trained (or scored) model's sequences in a step, padding excluded, over all ranks.
+        microbatches: Of the fullest rank in a step, mean over steps.
+        busy_ranks: Data-parallel ranks that have pairs.
+        model_flops: Operations of a step that the mathematics needs, all models, all ranks.
+        hardware_flops: Operations of a step that run.
+        traffic: What one rank of the last pipeline stage sends in a step, mean over steps, and the size of each group.
+    """
+
+    job: Job
+    layout: Layout
+    stages: list[StageMemory]
+    parts: Parts
+    steps: int
+    step_tokens: float
+    microbatches: float
+    busy_ranks: float
+    model_flops: float
+    hardware_flops: float
+    traffic: list[Traffic]
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        return self.parts.total
+
+    @property
+    def hours(self) -> float:
+        """Of the whole job, loading and saving left out."""
+        return self.steps * self.step_seconds / 3600
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours times GPUs, idle ones too."""
+        return self.hours * self.layout.gpus
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of sequences, over all GPUs."""
+        return self.step_tokens / self.step_seconds
+
+    def utilisation(self, hardware: Hardware) -> float:
+        """Model operations as a share of what the data sheet promises (MFU)."""
+        peak = hardware.peak_rate(self.job.numerics.matmul) * self.layout.gpus
+        return self.model_flops / (self.step_seconds * peak)
+
+    @property
+    def peak_bytes(self) -> float:
+        """Memory of the fullest GPU."""
+        return max(stage.peak for stage in self.stages)
+
+    @property
+    def fullest_stage(self) -> int:
+        """The pipeline stage of that GPU."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].peak)
+
+
+def check_layout(job: Job, layout: Layout) -> None:
+    """Stop where sizes do not divide, or a pair does not fit a microbatch.
+
+    Raises:
+        InputError: Names what does not go together.
+    """
+    layout.parallel.check(layout.gpus)
+    for model in job.models:
+        # Only sizes are looked at: what Transformer Engine would fuse does not matter here.
+        transformer_config(model.architecture, layout.parallel, _plain_precision(job), use_transformer_engine=False)
+    sequence = 2 * layout.parallel.context if layout.parallel.context > 1 else 1
+    check_budget(layout.microbatch_tokens, job.max_length, layout.multiple // sequence, sequence)
+
+
+def _plain_precision(job: Job) -> PrecisionConfig:
+    return PrecisionConfig("fp32" if job.numerics.element_bytes == 4 else "bf16")
+
+
+def memory(job: Job, layout: Layout) -> list[StageMemory]:
+    """What every pipeline stage holds at the worst moment: full microbatches, as many as a rank can have."""
+    ranks = 1 if job.method == "score" else layout.data_ranks
+    pairs = -(-job.pairs // ranks)
+    step_tokens = pairs * len(job.responses) * job.max_length
+    tokens = min(layout.microbatch_tokens, step_tokens)
+    shape = fullest_shape(tokens, job.max_length)
+    request = Request(
+        architecture=job.model.architecture if job.model else None,
+        shape=shape,
+        microbatches=-(-step_tokens // tokens),
+        step_tokens=step_tokens,
+        frozen=tuple(Frozen(frozen.model.architecture, frozen.count, shape) for frozen in job.frozen),
+        attention=job.attention,
+    )
+    return job_memory(request, layout.parallel, job.numerics, layout.replicas, job.numerics)
+
+
+def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> Estimate:
+    """Memory, operations, communication and time of a job in a layout that ``check_layout`` has passed."""
+    loads = _loads(job, layout, lengths)
+    stages = memory(job, layout)
+    if job.model is None:
+        return _estimate_scoring(job, layout, hardware, lengths, loads, stages)
+    load, steps = loads[0], StepPlan(lengths.pairs, job.pairs, job.epochs, job.max_steps).total_steps
+    a, parallel, numerics, ranks = job.model.architecture, layout.parallel, job.numerics, layout.data_ranks
+    passes = pass_parts(a, parallel, numerics, hardware, load, ranks, backward=True)
+    microbatches = float(load.counts.max(axis=1).mean())
+    parts = passes + update_parts(a, parallel, numerics, hardware, ranks, passes, microbatches)
+    for frozen in job.frozen:
+        parts = parts + _scoring_parts(frozen, job, layout, hardware, loads[-1], ranks)
+    return Estimate(
+        job=job,
+        layout=layout,
+        stages=stages,
+        parts=parts,
+        steps=steps,
+        step_tokens=load.per_step(load.real_tokens),
+        microbatches=microbatches,
+        busy_ranks=float((load.counts > 0).sum(axis=1).mean()),
+        traffic=_traffic(job, layout, loads),
+        **_flops(job, layout, loads),
+    )
+
+
+def _estimate_scoring(
+    job: Job, layout: Layout, hardware: Hardware, lengths: Lengths, loads: list[Load], stages: list[StageMemory]
+) -> Estimate:
+    """Replicas take shards in turn and never wait for each other but at the end."""
+    shards = -(-lengths.pairs // job.pairs)
+    rounds = -(-shards // layout.data_ranks)
+    busy = shards / (rounds * layout.data_ranks)
+    one = Parts(fixed=hardware.step_ms * 1e-3)
+    for frozen in job.frozen:
+        one = one + _scoring_parts(frozen, job, layout, hardware, loads[-1], 1)
+    values = {name: share * one.total * busy for name, share in one.shares().items()}
+    values["waiting"] += one.total * (1 - busy)
+    flops = _flops(job, layout, loads)
+    replicas = busy * layout.data_ranks
+    return Estimate(
+        job=job,
+        layout=layout,
+        stages=stages,
+        parts=Parts(**values),
+        steps=rounds,
+        step_tokens=loads[-1].per_step(loads[-1].real_tokens) * replicas,
+        microbatches=float(loads[-1].counts.mean()),
+        busy_ranks=replicas,
+        traffic=_traffic(job, layout, loads),
+        **{name: value * replicas for name, value in flops.items()},
+    )
+
+
+def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Hardware, load: Load, ranks: int) -> Parts:
+    one = pass_parts(frozen.model.architecture, layout.parallel, job.numerics, hardware, load, ranks, backward=False)
+    return functools.reduce(Parts.__add__, [one] * frozen.count)
+
+
+_cuts: dict[tuple[int, Cut], list[Load]] = {}
+
+
+def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
+    """The load of the trained model, and behind it that of the frozen ones where they read other tokens."""
+    other = next((frozen.side for frozen in job.frozen if frozen.side != job.side), None)
+    scoring = job.method == "score"
+    cut = Cut(
+        side=job.side,
+        responses=job.responses,
+        pairs=job.pairs,
+        ranks=1 if scoring else layout.data_ranks,
+        budget=layout.microbatch_tokens,
+        multiple=layout.multiple,
+        padding=job.padding,
+        other=other,
+        attention=job.attention,
+        window=job.models[0].architecture.sliding_window,
+    )
+    key = (id(lengths), cut)
+    if key not in _cuts:
+        _cuts[key] = cut_batches(lengths, cut, _SHARDS) if scoring else cut_batches(lengths, cut)
+    return _cuts[key]
+
+
+def _mean_shape(load: Load) -> Shape:
+    """All microbatches of a mean step as one, over all ranks: operations add up over them."""
+    names = ("tokens", "targets", "attended", "scored")
+    tokens, targets, attended, scored = (round(load.per_step(getattr(load, name))) for name in names)
+    return Shape(tokens, targets, sequences=0, longest=0, attended=attended, scored=scored)
+
+
+def _flops(job: Job, layout: Layout, loads: list[Load]) -> dict[str, float]:
+    model = hardware = 0.0
+    if job.model is not None:
+        shape = _mean_shape(loads[0])
+        model += model_flops(job.model.architecture, shape).total
+        hardware += hardware_flops(job.model.architecture, layout.parallel, shape).total
+    shape = _mean_shape(loads[-1])
+    for frozen in job.frozen:
+        a = frozen.model.architecture
+        model += frozen.count * model_flops(a, shape, backward=False).total
+        hardware += frozen.count * hardware_flops(a, layout.parallel, shape, backward=False).total
+    return {"model_flops": model, "hardware_flops": hardware}
+
+
+def _traffic(job: Job, layout: Layout, loads: list[Load]) -> list[Traffic]:
+    """Of a rank of the last pipeline stage whose data-parallel rank has the mean load of those that have any."""
+    last, found = layout.parallel.pipeline - 1, []
+
+    def shapes(load: Load) -> list[Shape]:
+        ranks, count = load.tokens.shape[1], max(1, round(float(load.counts.mean())))
+        tokens, targets = (load.per_step(values) / ranks / count for values in (load.tokens, load.targets))
+        return [Shape(round(tokens), round(targets), 0, 0, 0, 0)] * count
+
+    if job.model is not None:
+        found += step_traffic(
+            job.model.architecture, layout.parallel, job.numerics, shapes(loads[0]), layout.replicas, last
+        )
+    for frozen in job.frozen:
+        one = step_traffic(
+            frozen.model.architecture, layout.parallel, job.numerics, shapes(loads[-1]), 1, last, backward=False
+        )
+        found += one * frozen.count
+    return merged(found)
+
+
+def fits(stages: list[StageMemory], hardware: Hardware) -> bool:
+    """Whether every GPU has the memory."""
+    return all(stage.peak <= hardware.usable_bytes for stage in stages)
+
+
+def checked(job: Job, layout: Layout) -> bool:
+    """Whether sizes divide."""
+    try:
+        check_layout(job, layout)
+    except InputError:
+        return False
+    return True

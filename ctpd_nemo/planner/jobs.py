@@ -1,0 +1,203 @@
+"""What each stage of the recipe asks for: its models, its batches, its layout."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.models.scorer import ScoreConfig
+from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.pipeline.stages import STAGES, Stage, StageResult, stage_config
+from ctpd_nemo.planner.architecture import NamedArchitecture, find_architecture
+from ctpd_nemo.planner.numerics import Numerics, numerics_of
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is cut up.
+
+    Attributes:
+        gpus: Processes of the job.
+        parallel: Sizes within it.
+        microbatch_tokens: Most tokens of a microbatch.
+    """
+
+    gpus: int
+    parallel: ParallelConfig
+    microbatch_tokens: int
+
+    @property
+    def data_ranks(self) -> int:
+        """Data-parallel size."""
+        return self.gpus // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same parameters."""
+        return self.data_ranks * self.parallel.context
+
+    @property
+    def multiple(self) -> int:
+        """What the tokens of a microbatch are a multiple of (``models.data.RunData``)."""
+        sequence = 2 * self.parallel.context if self.parallel.context > 1 else 1
+        return sequence * (self.parallel.tensor if self.parallel.sequence else 1)
+
+    def __str__(self) -> str:
+        p = self.parallel
+        words = [f"tensor {p.tensor}", f"pipeline {p.pipeline}"]
+        if p.virtual_pipeline:
+            words.append(f"virtual {p.virtual_pipeline}")
+        if p.context > 1:
+            words.append(f"context {p.context}")
+        words.append(f"data {self.data_ranks}")
+        if p.sequence:
+            words.append("sequence")
+        if p.recompute != "none":
+            words.append(f"recompute {p.recompute}")
+        return ", ".join(words) + f", {self.microbatch_tokens} tokens"
+
+
+@dataclass(frozen=True)
+class FrozenModels:
+    """Models of one architecture that a job only scores with."""
+
+    model: NamedArchitecture
+    count: int
+    side: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of the recipe.
+
+    Attributes:
+        name: Of the stage.
+        method: "sft", "dpo", "ctpd" or "score".
+        model: What is trained; ``None`` in a scoring job.
+        frozen: What is scored with.
+        side: Whose tokens the trained model reads: "student" or "teacher".
+        responses: Both of a pair, or the chosen one alone.
+        numerics: Number formats.
+        pairs: Pairs of a step over all ranks; in a scoring job of a shard, which one replica does.
+        max_length: Longest sequence.
+        padding: "packed" or "padded".
+        epochs: Passes over the pairs.
+        max_steps: The most steps, ``None`` for all.
+        parallel: The layout that the experiment names.
+        microbatch_tokens: Likewise.
+        attention: "fused" (Transformer Engine) or "local".
+    """
+
+    name: str
+    method: str
+    model: NamedArchitecture | None
+    frozen: tuple[FrozenModels, ...]
+    side: str
+    responses: tuple[str, ...]
+    numerics: Numerics
+    pairs: int
+    max_length: int
+    padding: str
+    epochs: int
+    max_steps: int | None
+    parallel: ParallelConfig
+    microbatch_tokens: int
+    attention: str
+
+    @property
+    def models(self) -> list[NamedArchitecture]:
+        """All models of the job."""
+        return ([self.model] if self.model else []) + [frozen.model for frozen in self.frozen]
+
+    def given_layout(self, gpus: int) -> Layout:
+        """The layout of the experiment on so many GPUs."""
+        return Layout(gpus, self.parallel, self.microbatch_tokens)
+
+    def alike(self) -> "Job":
+        """The same without its name: stages that cost the same are planned once."""
+        return replace(self, name="")
+
+
+def find_jobs(config: DictConfig, attention: str = "fused") -> list[Job]:
+    """The jobs of an experiment, in the order of the recipe.
+
+    Args:
+        config: That of ``pipeline.stages.run_pipeline``.
+        attention: "fused" or "local".
+
+    Raises:
+        InputError: A value or model cannot be used.
+    """
+    jobs = []
+    inputs = {stage.name: StageResult(Path(config.run_dir) / stage.name, 0.0, skipped=True) for stage in STAGES}
+    for stage in STAGES:
+        own = config.stages.get(stage.name)
+        if own is not None and (config.only is None or stage.name in config.only):
+            jobs.append(replace(_job(config, own, stage, inputs), attention=attention))
+    if not jobs:
+        raise InputError("stages", "none to plan", "one or more of " + ", ".join(stage.name for stage in STAGES))
+    return jobs
+
+
+def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str, StageResult]) -> Job:
+    run = stage_config(config, stage, inputs)
+    run.optim.check()
+    run.data.check()
+    run.trainer.check()
+    # A stage that builds on another has that one's output for a path; what it began with tells the sizes.
+    models = OmegaConf.merge(config.model, own.get("model") or {})
+    paths = {side: OmegaConf.select(models, f"{side}.path") for side in ("student", "teacher")}
+    sides = {side: find_architecture(path, f"model.{side}") for side, path in paths.items() if path}
+    if isinstance(run.method, ScoreConfig):
+        return _scoring_job(run, stage.name, _side(sides, "teacher"))
+    method = METHODS[run.method.name]
+    frozen = []
+    if run.method.name == "dpo" and run.method.reference == "online":
+        frozen = [FrozenModels(_side(sides, run.policy), 1, run.policy)]
+    elif run.method.name == "ctpd" and run.method.reference == "online":
+        frozen = [FrozenModels(_side(sides, "teacher"), len(run.method.roles()), "teacher")]
+    return Job(
+        model=_side(sides, run.policy),
+        frozen=tuple(frozen),
+        side=run.policy,
+        responses=method.responses,
+        pairs=run.data.global_batch_size,
+        **_common(run, stage.name),
+    )
+
+
+def _side(sides: Mapping[str, NamedArchitecture], side: str) -> NamedArchitecture:
+    if side not in sides:
+        raise InputError(f"model.{side}.path", "nothing", "a model folder, or the name of a known model")
+    return sides[side]
+
+
+def _scoring_job(run: RunConfig, name: str, model: NamedArchitecture) -> Job:
+    return Job(
+        model=None,
+        frozen=(FrozenModels(model, len(run.method.folders()), "teacher"),),
+        side="teacher",
+        responses=("chosen", "rejected"),
+        pairs=run.method.pairs_per_shard,
+        **_common(run, name),
+    )
+
+
+def _common(run: RunConfig, name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "method": run.method.name,
+        "numerics": numerics_of(run.precision.dtype),
+        "max_length": run.data.max_length,
+        "padding": run.data.packing,
+        "epochs": run.trainer.epochs,
+        "max_steps": run.trainer.max_steps,
+        "parallel": run.parallel,
+        "microbatch_tokens": run.data.microbatch_tokens,
+        "attention": "fused",
+    }

@@ -1,0 +1,132 @@
+"""The data of a run, as far as its cost depends on it: how many pairs, and how long they are."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.preferences import open_preferences
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.data import load_side
+
+Int64Array = NDArray[np.int64]
+# Pairs that stand for all of them where only means are stated.
+_SAMPLE = 4096
+
+
+@dataclass
+class Workload:
+    """What is known of the data without looking at it.
+
+    Attributes:
+        pairs: Training pairs.
+        mean_prompt_tokens: Of a rendered prompt.
+        mean_response_tokens: Of a response.
+        spread: Standard deviation of lengths as a share of their mean; they are taken to be log-normal.
+        measure: Read and tokenize this many pairs of ``data.train`` instead; 0 takes the numbers above.
+    """
+
+    pairs: int = 61135
+    mean_prompt_tokens: float = 180.0
+    mean_response_tokens: float = 290.0
+    spread: float = 0.8
+    measure: int = 0
+
+    def check(self) -> None:
+        """Stop with an ``InputError`` where a number cannot be one."""
+        for name in ("pairs", "mean_prompt_tokens", "mean_response_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"workload.{name}", str(getattr(self, name)), "1 or more")
+        if self.spread < 0:
+            raise InputError("workload.spread", str(self.spread), "0 or more")
+        if self.measure < 0:
+            raise InputError("workload.measure", str(self.measure), "a number of pairs, or 0")
+
+
+@dataclass(frozen=True)
+class SideLengths:
+    """Tokens of pairs on one side, int64 ``[P]`` each."""
+
+    prompt: Int64Array
+    chosen: Int64Array
+    rejected: Int64Array
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A sample of the pairs.
+
+    Attributes:
+        pairs: How many pairs there are in all.
+        sides: Their tokens by side, "student" and "teacher".
+        source: Where the numbers are from, in words.
+    """
+
+    pairs: int
+    sides: Mapping[str, SideLengths]
+    source: str
+
+    def mean(self, side: str) -> float:
+        """Tokens of a pair, both sequences."""
+        lengths = self.sides[side]
+        return float((2 * lengths.prompt + lengths.chosen + lengths.rejected).mean())
+
+
+def stated_lengths(workload: Workload, max_length: int) -> Lengths:
+    """Lengths drawn from what is stated, the same at every call; cut at ``max_length`` as the data would be."""
+    workload.check()
+    draw = np.random.Generator(np.random.PCG64(0))
+    variance = math.log(1 + workload.spread**2)
+
+    def lengths(mean: float) -> Int64Array:
+        drawn = draw.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), _SAMPLE)
+        return np.maximum(1, drawn.round()).astype(np.int64)
+
+    prompt = np.minimum(lengths(workload.mean_prompt_tokens), max(1, max_length - 1))
+    chosen, rejected = (np.minimum(lengths(workload.mean_response_tokens), max_length - prompt) for _ in range(2))
+    side = SideLengths(prompt, chosen, rejected)
+    source = (
+        f"{workload.pairs} pairs; log-normal lengths of mean {workload.mean_prompt_tokens:g} (prompt) and "
+        f"{workload.mean_response_tokens:g} (response) tokens, spread {workload.spread:g}, stated"
+    )
+    return Lengths(workload.pairs, {"student": side, "teacher": side}, source)
+
+
+def measured_lengths(run: RunConfig, count: int) -> Lengths:
+    """Lengths of pairs of ``data.train`` under the real tokenizers and templates, spread over the files.
+
+    Raises:
+        InputError: Files or tokenizers cannot be used.
+    """
+    if not run.data.train:
+        raise InputError("data.train", "no files", "preference files, as workload.measure asks for their lengths")
+    data = open_preferences(run.data.train, split=run.data.split, on_bad=run.data.on_bad)
+    encoder = PairEncoder(
+        load_side(run.model.student, "model.student"),
+        load_side(run.model.teacher, "model.teacher"),
+        run.data.include_eos,
+        run.data.max_length,
+        run.data.max_prompt_length,
+    )
+    rows = np.linspace(0, len(data) - 1, min(count, len(data)), dtype=np.int64).tolist()
+    encoded = [pair for pair in encoder.encode(rows, [data[row] for row in rows]) if isinstance(pair, EncodedPair)]
+    if not encoded:
+        raise InputError(", ".join(run.data.train), f"{len(rows)} pairs, none of which fits", "longer data.max_length")
+    names = ", ".join(Path(path).name for path in run.data.train)
+    sides = {"student": _lengths_of(encoded, "policy"), "teacher": _lengths_of(encoded, "reference")}
+    pairs = len(data) * len(encoded) // len(rows)
+    return Lengths(pairs, sides, f"{pairs} pairs; lengths of {len(encoded)} of them measured in {names}")
+
+
+def _lengths_of(pairs: list[EncodedPair], side: str) -> SideLengths:
+    tokens = [(pair.chosen.side(side), pair.rejected.side(side)) for pair in pairs]  # type: ignore[arg-type]
+    return SideLengths(
+        np.array([len(chosen.prompt_ids) for chosen, _ in tokens]),
+        np.array([len(chosen.response_ids) for chosen, _ in tokens]),
+        np.array([len(rejected.response_ids) for _, rejected in tokens]),
+    )
