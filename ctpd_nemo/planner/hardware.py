@@ -9,7 +9,7 @@ GIB = 2**30
 
 @dataclass
 class Hardware:
-    """One kind of GPU, and the nodes it stands in; ``conf/hardware`` states the source of every number.
+    """One kind of GPU, and the nodes it stands in; ``conf/hardware`` has every number, and states its source.
 
     Attributes:
         name: As it is printed.
@@ -32,24 +32,24 @@ class Hardware:
         headroom: Share of the memory that stays free, for what the allocator cannot use (assumption).
     """
 
-    name: str
-    memory_gib: float
-    bf16_tflops: float
-    fp8_tflops: float
-    fp32_tflops: float
-    memory_tb_per_s: float
-    nvlink_gb_per_s: float
-    network_gb_per_s: float
-    gpus_per_node: int
-    matmul_fraction: float
-    attention_fraction: float
-    memory_fraction: float
-    link_fraction: float
-    latency_us: float
-    layer_us: float
-    step_ms: float
-    reserved_gib: float
-    headroom: float
+    name: str = ""
+    memory_gib: float = 0.0
+    bf16_tflops: float = 0.0
+    fp8_tflops: float = 0.0
+    fp32_tflops: float = 0.0
+    memory_tb_per_s: float = 0.0
+    nvlink_gb_per_s: float = 0.0
+    network_gb_per_s: float = 0.0
+    gpus_per_node: int = 0
+    matmul_fraction: float = 0.0
+    attention_fraction: float = 0.0
+    memory_fraction: float = 0.0
+    link_fraction: float = 0.0
+    latency_us: float = 0.0
+    layer_us: float = 0.0
+    step_ms: float = 0.0
+    reserved_gib: float = 0.0
+    headroom: float = 0.0
 
     def check(self) -> None:
         """Stop with an ``InputError`` where a number cannot be one."""

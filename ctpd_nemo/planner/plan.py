@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config, typed
@@ -49,7 +49,7 @@ class PlanConfig:
     layout: str = "given"
     attention: str = "fused"
     write: bool = False
-    hardware: Hardware = field(default_factory=lambda: Hardware(**OmegaConf.structured(Hardware)))
+    hardware: Hardware = field(default_factory=Hardware)
     workload: Workload = field(default_factory=Workload)
 
 
@@ -89,38 +89,35 @@ def plan(config: DictConfig) -> Plan:
         InputError: A value cannot be used, or a stage's layout does not divide or fit; the line says what would.
     """
     asked, recipe = _split(config)
-    sizes = _sizes(asked["gpus"])
+    sizes = _sizes(asked.gpus)
     for key, choices in (("layout", ("given", "best")), ("attention", ("fused", "local"))):
-        if asked[key] not in choices:
-            raise InputError(key, repr(asked[key]), " or ".join(choices))
-    hardware = typed(Hardware, asked["hardware"], place="hardware")
-    hardware.check()
-    jobs = find_jobs(recipe, asked["attention"])
-    lengths = _lengths(typed(Workload, asked["workload"], place="workload"), recipe, jobs)
+        if getattr(asked, key) not in choices:
+            raise InputError(key, repr(getattr(asked, key)), " or ".join(choices))
+    asked.hardware.check()
+    asked.workload.check()
+    jobs = find_jobs(recipe, asked.attention)
+    lengths = _lengths(asked.workload, recipe, jobs)
     if len(sizes) > 1:
-        found = _study(jobs, sizes, hardware, lengths)
+        found = _study(jobs, sizes, asked.hardware, lengths)
     else:
-        found = _single(jobs, sizes[0], asked["layout"], hardware, lengths)
-    if asked["write"]:
+        found = _single(jobs, sizes[0], asked.layout, asked.hardware, lengths)
+    if asked.write:
         _write(found, Path(recipe.run_dir))
     return found
 
 
-_KEYS = {"gpus": 8, "layout": "given", "attention": "fused", "write": False, "hardware": {}, "workload": {}}
-
-
-def _split(config: DictConfig) -> tuple[dict[str, Any], DictConfig]:
+def _split(config: DictConfig) -> tuple[PlanConfig, DictConfig]:
     """The planner's own keys, and the recipe without them."""
     values = OmegaConf.to_container(config)
     assert isinstance(values, dict)
-    asked = {key: values.pop(key, default) for key, default in _KEYS.items()}
+    own = {one.name: values.pop(one.name) for one in dataclasses.fields(PlanConfig) if one.name in values}
     recipe = OmegaConf.create(values)
     assert isinstance(recipe, DictConfig)
-    return asked, recipe
+    return typed(PlanConfig, own), recipe
 
 
 def _sizes(gpus: Any) -> list[int]:
-    sizes = list(gpus) if isinstance(gpus, list | ListConfig) else [gpus]
+    sizes = list(gpus) if isinstance(gpus, list) else [gpus]
     for size in sizes:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise InputError("gpus", repr(gpus), "a number of GPUs, or a list of them: [16,64]")
@@ -130,7 +127,6 @@ def _sizes(gpus: Any) -> list[int]:
 
 
 def _lengths(workload: Workload, recipe: DictConfig, jobs: Sequence[Job]) -> Lengths:
-    workload.check()
     if not workload.measure:
         return stated_lengths(workload, max(job.max_length for job in jobs))
     values = OmegaConf.to_container(recipe)

@@ -125,13 +125,10 @@ def given_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> E
 
 def what_fits(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> str:
     """What to do instead: the best layout on these GPUs, or the fewest GPUs that there is one for."""
-    best = best_layout(job, gpus, hardware, lengths)
-    if best is not None:
-        return f"on {gpus} GPUs {best.layout} fits, in {best.peak_bytes / GIB:.1f} GiB"
-    least = fewest_gpus(job, gpus, hardware, lengths)
-    if least is None:
-        return "no layout of whole nodes fits on fewer than 64 times as many GPUs"
-    return f"nothing fits on {gpus} GPUs, on {least.layout.gpus} {least.layout} does"
+    best = best_layout(job, gpus, hardware, lengths) or fewest_gpus(job, gpus, hardware, lengths)
+    if best is None:
+        return "nothing that was tried fits, up to 64 times as many GPUs"
+    return f"what fits: {best.layout.gpus} GPUs, {best.layout}, in {best.peak_bytes / GIB:.1f} GiB"
 
 
 def fewest_gpus(job: Job, more_than: int, hardware: Hardware, lengths: Lengths) -> Estimate | None:

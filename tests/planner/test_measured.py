@@ -1,0 +1,71 @@
+"""The planner's figures against real steps: storages, operations and bytes counted in one process and in two."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def _benchmark() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "planner_memory.py"
+    spec = importlib.util.spec_from_file_location("planner_memory", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+BENCHMARK = _benchmark()
+NAMES = {
+    1: ("one, bf16, frozen", "one, query and key norms", "one, narrow, full", "one, wide, selective, bf16"),
+    2: (
+        "TP2, wide, selective",
+        "TP2 SP, full, bf16",
+        "PP2, tied, frozen",
+        "PP2 of 2 virtual stages",
+        "DP2, bf16",
+        "DP2, narrow, unsharded optimizer",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=list(NAMES))
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """A row for every case and rank; the cases of as many processes share one job."""
+    cases = [case for case in BENCHMARK.CASES[request.param] if case["name"] in NAMES[request.param]]
+    assert len(cases) == len(NAMES[request.param])
+    return BENCHMARK.compare(request.param, cases)
+
+
+def test_memory_is_within_a_tenth_by_kind(rows: list[dict[str, Any]]) -> None:
+    errors = {
+        (row["case"], row["measured"]["rank"], kind): error
+        for row in rows
+        for kind in BENCHMARK.KINDS
+        if (error := BENCHMARK.error(row, kind)) is not None
+    }
+    assert {kind for *_, kind in errors} == set(BENCHMARK.KINDS)
+    assert {key: error for key, error in errors.items() if abs(error) > 0.1} == {}
+
+
+def test_weights_and_gradients_are_exact(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for kind in ("weights", "gradients", "frozen"):
+            assert row["predicted"][kind] == row["measured"][kind], (row["case"], kind)
+
+
+def test_operations_are_those_that_torch_counts(rows: list[dict[str, Any]]) -> None:
+    assert {row["case"]: row["predicted"]["flops"] for row in rows} == {
+        row["case"]: row["measured"]["flops"] for row in rows
+    }
+
+
+def test_collectives_carry_the_predicted_bytes(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        for what in ("bytes", "calls"):
+            assert BENCHMARK.counted(row, what) == row["predicted"][what], (row["case"], row["measured"]["rank"])
