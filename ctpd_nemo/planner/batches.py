@@ -1,5 +1,6 @@
 """The microbatches of some steps, packed and shared out as the data loader does it."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ class Load:
         return float(values.sum(axis=(1, 2)).mean())
 
 
+@functools.lru_cache(maxsize=4096)
 def cut_batches(lengths: Lengths, cut: Cut, steps: int = STEPS) -> list[Load]:
     """Cut steps of pairs into microbatches; the load of ``cut.side``, and behind it that of ``cut.other``."""
     draw = np.random.Generator(np.random.PCG64(_SEED))

@@ -7,7 +7,7 @@ from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.gpt import PrecisionConfig, transformer_config
-from ctpd_nemo.planner.batches import Cut, Load, cut_batches
+from ctpd_nemo.planner.batches import STEPS, Cut, Load, cut_batches
 from ctpd_nemo.planner.communication import Traffic, merged, step_traffic
 from ctpd_nemo.planner.flops import hardware_flops, model_flops
 from ctpd_nemo.planner.hardware import Hardware
@@ -183,9 +183,6 @@ def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Har
     return functools.reduce(Parts.__add__, [one] * frozen.count)
 
 
-_cuts: dict[tuple[int, Cut], list[Load]] = {}
-
-
 def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
     """The load of the trained model, and behind it that of the frozen ones where they read other tokens."""
     other = next((frozen.side for frozen in job.frozen if frozen.side != job.side), None)
@@ -202,10 +199,7 @@ def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
         attention=job.attention,
         window=job.models[0].architecture.sliding_window,
     )
-    key = (id(lengths), cut)
-    if key not in _cuts:
-        _cuts[key] = cut_batches(lengths, cut, _SHARDS) if scoring else cut_batches(lengths, cut)
-    return _cuts[key]
+    return cut_batches(lengths, cut, _SHARDS if scoring else STEPS)
 
 
 def _mean_shape(load: Load) -> Shape:

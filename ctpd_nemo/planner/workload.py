@@ -57,7 +57,8 @@ class SideLengths:
     rejected: Int64Array
 
 
-@dataclass(frozen=True)
+# Compared by identity, so that what is made of it can be kept.
+@dataclass(frozen=True, eq=False)
 class Lengths:
     """A sample of the pairs.
 

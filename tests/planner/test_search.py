@@ -1,0 +1,127 @@
+"""Layouts that are found, and layouts that are refused."""
+
+from dataclasses import replace
+
+import pytest
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.planner.estimate import check_layout, estimate, fits, memory
+from ctpd_nemo.planner.hardware import GIB, Hardware
+from ctpd_nemo.planner.jobs import Job, Layout
+from ctpd_nemo.planner.search import best_layout, fewest_gpus, fitting_layouts, given_layout
+from ctpd_nemo.planner.workload import Lengths
+from tests.planner.conftest import LARGE, SMALL, jobs_of
+
+Jobs = dict[str, Job]
+
+
+@pytest.fixture(scope="module")
+def small() -> Jobs:
+    return jobs_of(SMALL)
+
+
+@pytest.mark.parametrize("stage", ["sft_teacher", "dpo_positive", "score", "ctpd"])
+def test_the_best_layout_divides_fits_and_beats_the_rest(
+    small: Jobs, stage: str, h100: Hardware, lengths: Lengths
+) -> None:
+    best = best_layout(small[stage], 8, h100, lengths)
+    assert best is not None
+    check_layout(small[stage], best.layout)
+    assert fits(memory(small[stage], best.layout), h100)
+    times = [
+        estimate(small[stage], layout, h100, lengths).step_seconds for layout in fitting_layouts(small[stage], 8, h100)
+    ]
+    assert len(times) > 20
+    # Among equals, to a thousandth, the simpler one is taken.
+    assert best.step_seconds <= 1.01 * min(times)
+
+
+def test_recomputation_comes_only_where_nothing_else_fits(small: Jobs, h100: Hardware) -> None:
+    for layout in fitting_layouts(small["dpo_positive"], 8, h100):
+        less = {"none": None, "selective": "none", "full": "selective"}[layout.parallel.recompute]
+        if less is not None:
+            tighter = replace(layout, parallel=replace(layout.parallel, recompute=less))
+            assert not fits(memory(small["dpo_positive"], tighter), h100)
+
+
+def test_a_layout_that_does_not_fit_is_refused_with_one_that_does(lengths: Lengths, h100: Hardware) -> None:
+    job = jobs_of(LARGE, "stages.sft_teacher.parallel={tensor: 8, pipeline: 2, sequence: true}")["sft_teacher"]
+    with pytest.raises(InputError) as error:
+        given_layout(job, 16, h100, lengths)
+    assert "\n" not in str(error.value)
+    assert error.value.place == "stage sft_teacher, parallel"
+    assert "tensor 8, pipeline 2" in error.value.found
+    # 18 bytes for each of 72.7e9 weights are over what 16 GPUs have.
+    assert h100.usable_bytes < 18 * 72.7e9 / 16
+    assert "what fits: 32 GPUs, tensor 8, pipeline 4" in error.value.expected
+
+
+def test_what_a_refusal_names_is_accepted(small: Jobs, lengths: Lengths, h100: Hardware) -> None:
+    tight = replace(h100, memory_gib=24.0)
+    job = small["sft_teacher"]
+    with pytest.raises(InputError, match="what fits: 8 GPUs"):
+        given_layout(job, 8, tight, lengths)
+    best = best_layout(job, 8, tight, lengths)
+    assert best is not None
+    as_given = replace(job, parallel=best.layout.parallel, microbatch_tokens=best.layout.microbatch_tokens)
+    assert given_layout(as_given, 8, tight, lengths).peak_bytes <= tight.usable_bytes
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("stages.sft_teacher.parallel={tensor: 3}", "parallel.tensor"),
+        ("stages.sft_teacher.parallel={tensor: 1, sequence: true}", "parallel.sequence"),
+        ("++stages.sft_teacher.parallel={tensor: 1, pipeline: 8, sequence: false}", "parallel.pipeline"),
+        ("stages.sft_teacher.parallel={tensor: 16}", "parallel"),
+    ],
+)
+def test_a_layout_that_does_not_divide_is_refused_by_the_rules_of_training(
+    override: str, place: str, lengths: Lengths, h100: Hardware
+) -> None:
+    job = jobs_of(SMALL, override)["sft_teacher"]
+    with pytest.raises(InputError) as error:
+        given_layout(job, 24 if "3" in override else 8, h100, lengths)
+    assert error.value.place == f"stage sft_teacher, {place}"
+    assert "what fits" in error.value.expected
+
+
+def test_the_fewest_gpus_are_fewer_for_a_smaller_model(small: Jobs, lengths: Lengths, h100: Hardware) -> None:
+    teacher, student = (fewest_gpus(small[stage], 0, h100, lengths) for stage in ("sft_teacher", "sft_student"))
+    assert teacher is not None
+    assert student is not None
+    # 18 bytes a weight: 1.24e9 of them fit on one GPU, 7.6e9 do not.
+    assert student.layout.gpus == 1
+    assert teacher.layout.gpus == 2
+    assert best_layout(small["sft_teacher"], 1, h100, lengths) is None
+
+
+def test_a_frozen_reference_takes_its_weights(small: Jobs, h100: Hardware) -> None:
+    dpo, sft = small["dpo_positive"], small["sft_teacher"]
+    layout = Layout(8, dpo.parallel, dpo.microbatch_tokens)
+    beside, alone = memory(dpo, layout)[0], memory(sft, layout)[0]
+    assert beside.weights == alone.weights
+    weights = dpo.models[0].parameters * 2 / layout.parallel.tensor
+    assert beside.frozen == pytest.approx(weights, rel=1e-3)
+    # Scoring holds the three roles at once.
+    assert memory(small["score"], layout)[0].frozen == pytest.approx(3 * weights, rel=1e-3)
+
+
+def test_online_teachers_stand_beside_the_student_and_the_cache_spares_them(h100: Hardware, lengths: Lengths) -> None:
+    online = "++stages.ctpd.method={name: ctpd, reference: online, positive: a, negative: b}"
+    cached, beside = jobs_of(SMALL)["ctpd"], jobs_of(SMALL, online)["ctpd"]
+    layout = Layout(8, replace(cached.parallel, tensor=4, sequence=True), 8192)
+    less, more = (estimate(job, layout, h100, lengths) for job in (cached, beside))
+    assert more.peak_bytes - less.peak_bytes > 3 * 7.6e9 * 2 / 4
+    # Three forward passes of 7.6e9 weights on top of 6 operations for each of 1.24e9.
+    assert more.model_flops / less.model_flops == pytest.approx(1 + 3 * 2 * 7.1 / (6 * 1.24), rel=0.1)
+    assert more.step_seconds > less.step_seconds
+
+
+def test_more_memory_never_makes_the_best_slower(small: Jobs, lengths: Lengths, h100: Hardware) -> None:
+    times = []
+    for memory_gib in (30.0, 80.0, 160.0):
+        best = best_layout(small["dpo_positive"], 4, replace(h100, memory_gib=memory_gib), lengths)
+        times.append(float("inf") if best is None else best.step_seconds)
+    assert times[0] >= 0.99 * times[1] >= 0.98 * times[2]
+    assert h100.usable_bytes < 80 * GIB
