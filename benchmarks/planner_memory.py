@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.convert.architecture import parse_architecture
+from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.planner.communication import step_traffic
 from ctpd_nemo.planner.flops import hardware_flops
 from ctpd_nemo.planner.memory import Frozen, Request, job_memory
 from ctpd_nemo.planner.numerics import numerics_of
-from ctpd_nemo.planner.shapes import shape_of
+from ctpd_nemo.planner.shapes import Shape, shape_of
 
 _WORKER = Path(__file__).with_name("planner_worker.py")
 # Kinds of memory, each measured by itself; "step" is what a step takes beyond what is there before it.
@@ -86,6 +88,8 @@ CASES: dict[int, list[dict[str, Any]]] = {
         case("PP2, tied, frozen", LLAMA, pipeline=2, frozen=1),
         case("PP2, one microbatch", pipeline=2, precision="bf16", microbatches=(_ONE,)),
         case("PP2 of 2 virtual stages", pipeline=2, virtual_pipeline=2, microbatches=(_UNEVEN,) * 4),
+        case("CP2", context=2),
+        case("CP2, selective, bf16", precision="bf16", context=2, recompute="selective"),
         case("DP2, bf16", precision="bf16"),
         case("DP2, narrow, unsharded optimizer", NARROW, distributed_optimizer=False, microbatches=(_EVEN,)),
     ],
@@ -121,30 +125,40 @@ def _environment() -> dict[str, str]:
 def predict(case: dict[str, Any], processes: int, stage: int) -> dict[str, Any]:
     """The planner's figures for a rank of a pipeline stage, by the names that ``planner_worker`` uses."""
     architecture = parse_architecture(case["architecture"], case["name"])
-    parallel, numerics = ParallelConfig(**case["parallel"]), numerics_of(case["precision"])
+    parallel = ParallelConfig(**case["parallel"])
+    numerics = numerics_of(PrecisionConfig(case["precision"]), architecture)
     replicas = processes // (parallel.tensor * parallel.pipeline)
-    multiple = parallel.tensor if parallel.sequence else 1
-    shapes = [
-        shape_of([p + r for p, r in sequences], sum(r for _, r in sequences), "local", multiple=multiple)
-        for sequences in case["microbatches"]
-    ]
+    shapes = [_shape(sequences, parallel) for sequences in case["microbatches"]]
     request = Request(
         architecture=architecture,
         shape=shapes[0],
         microbatches=len(shapes),
         step_tokens=sum(shape.tokens for shape in shapes),
-        frozen=(Frozen(architecture, case["frozen"], shapes[0]),) if case["frozen"] else (),
+        frozen=(Frozen(architecture, case["frozen"], shapes[0], numerics),) if case["frozen"] else (),
         attention="local",
+        device="cpu",
     )
-    memory = job_memory(request, parallel, numerics, replicas, numerics)[stage]
-    traffic = step_traffic(architecture, parallel, numerics, shapes, replicas, stage)
+    memory = job_memory(request, parallel, numerics, replicas)[stage]
+    traffic = step_traffic(architecture, parallel, numerics, shapes, replicas, stage, attention="local")
     return {
         **{kind: getattr(memory, kind) for kind in KINDS if kind != "step"},
         "step": memory.passing,
-        "flops": sum(hardware_flops(architecture, parallel, shape).total for shape in shapes),
+        "flops": sum(hardware_flops(architecture, parallel, shape, device="cpu").total for shape in shapes),
         "bytes": {f"{one.group} {one.kind}": one.payload for one in traffic},
         "calls": {f"{one.group} {one.kind}": one.calls for one in traffic},
     }
+
+
+def _shape(sequences: Sequence[tuple[int, int]], parallel: ParallelConfig) -> Shape:
+    """The shape of a microbatch as ``planner_worker`` builds it."""
+    multiple = 2 * parallel.context if parallel.context > 1 else 1
+    return shape_of(
+        [round_up(prompt + response, multiple) for prompt, response in sequences],
+        sum(response for _, response in sequences),
+        "local",
+        multiple=whole_multiple(parallel.token_shares(), multiple),
+        context=parallel.context,
+    )
 
 
 def compare(processes: int, cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,7 +166,8 @@ def compare(processes: int, cases: Sequence[dict[str, Any]]) -> list[dict[str, A
     measured, rows = run_cases(processes, cases), []
     for number, one in enumerate(cases):
         ranks = [rank[number] for rank in measured]
-        replicas = processes // (one["parallel"].get("tensor", 1) * one["parallel"].get("pipeline", 1))
+        parallel = ParallelConfig(**one["parallel"])
+        replicas = processes // (parallel.tensor * parallel.pipeline * parallel.context)
         # A replica's ranks share its operations; a single rank's are not told apart.
         flops = sum(rank["flops"] for rank in ranks) / replicas
         for rank in ranks:

@@ -33,9 +33,10 @@ from ctpd_nemo.data.batch import Microbatch, build_microbatch
 from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.losses.logprobs import token_logprobs
 from ctpd_nemo.models.forward import LossFunction, StepLoss, run_microbatches
-from ctpd_nemo.models.gpt import PrecisionConfig, build_gpt
+from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, OptimConfig, build_optimizer, wrap_data_parallel
+from ctpd_nemo.parallel.precision import PrecisionConfig
 
 _CPU = torch.device("cpu")
 # c10d's operators, as the dispatcher sees them, and where each keeps the tensors whose bytes are the payload: those
@@ -183,6 +184,7 @@ def _group_names() -> dict[str, str]:
         "tensor": parallel_state.get_tensor_model_parallel_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "context": parallel_state.get_context_parallel_group(),
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
         "model": parallel_state.get_model_parallel_group(),
     }
@@ -191,7 +193,7 @@ def _group_names() -> dict[str, str]:
     }
 
 
-def microbatch(sequences: Sequence[tuple[int, int]], vocab: int, multiple: int) -> Microbatch:
+def microbatch(sequences: Sequence[tuple[int, int]], vocab: int, parallel: ParallelConfig) -> Microbatch:
     """A microbatch of sequences of so many prompt and response tokens; two in a row are a pair."""
 
     def encoded(prompt: int, response: int) -> EncodedResponse:
@@ -204,7 +206,12 @@ def microbatch(sequences: Sequence[tuple[int, int]], vocab: int, multiple: int) 
 
     ends = [encoded(*sequence) for sequence in sequences]
     pairs = [EncodedPair(i, str(i), *pair) for i, pair in enumerate(zip(ends[::2], ends[1::2], strict=True))]
-    return build_microbatch(pairs, pad_token_id=0, pad_to_multiple=multiple)
+    return build_microbatch(
+        pairs,
+        pad_token_id=0,
+        pad_to_multiple=parallel.token_shares(),
+        sequence_multiple=2 * parallel.context if parallel.context > 1 else 1,
+    )
 
 
 def fill(chunks: Sequence[MegatronModule]) -> None:
@@ -214,9 +221,9 @@ def fill(chunks: Sequence[MegatronModule]) -> None:
             torch.nn.init.normal_(parameter, std=0.02)
 
 
-def minus_sum(logprobs_N: Tensor, span_N: Tensor, batch: Microbatch) -> StepLoss:
+def minus_sum(policy_S: Tensor, batch: Microbatch) -> StepLoss:
     """The loss of SFT."""
-    return StepLoss(-logprobs_N.sum(), len(logprobs_N))
+    return StepLoss(-policy_S.sum(), len(policy_S))
 
 
 class Case:
@@ -232,12 +239,12 @@ class Case:
         self.chunks = wrap_data_parallel(gpt, self.parallel)
         self.optimizer = LightningOptimizer(*build_optimizer(self.chunks, OptimConfig(), self.parallel, 10))
         self.frozen = [self._frozen() for _ in range(case["frozen"])]
-        multiple = self.parallel.tensor if self.parallel.sequence else 1
-        self.batches = [microbatch(s, self.architecture.vocab_size, multiple) for s in case["microbatches"]]
+        self.batches = [microbatch(one, self.architecture.vocab_size, self.parallel) for one in case["microbatches"]]
 
     def _frozen(self) -> list[Any]:
-        chunks = build_gpt(self.architecture, self.parallel, self.precision)
-        fill(chunks)
+        with torch.no_grad():
+            chunks = build_gpt(self.architecture, self.parallel, self.precision, frozen=True)
+            fill(chunks)
         return [chunk.requires_grad_(False).eval() for chunk in chunks]
 
     def run(self, chunks: Sequence[MegatronModule], loss: LossFunction, forward_only: bool) -> None:
@@ -309,7 +316,8 @@ def head_bytes(built: Case) -> int:
     batch, chunk = built.batches[0], built.chunks[-1].module
     if not chunk.post_process:
         return 0
-    count = int((batch.labels >= 0).sum())
+    # Of which a context-parallel rank has about its share.
+    count = round(int((batch.labels >= 0).sum()) / built.parallel.context)
     weight = (
         chunk.shared_embedding_or_output_weight() if built.architecture.tied_embeddings else chunk.output_layer.weight
     )

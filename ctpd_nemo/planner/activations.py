@@ -57,8 +57,9 @@ class LayerBytes:
 
 @dataclass(frozen=True)
 class _Widths:
-    """Elements a token of one rank's share, and tokens of one rank."""
+    """Elements a token of one rank's share, tokens of one rank, and ranks that the tokens are cut over."""
 
+    context: int
     hidden: int
     queries: int
     keys: int
@@ -73,6 +74,7 @@ def _widths(architecture: Architecture, parallel: ParallelConfig, shape: Shape) 
     tensor = parallel.tensor
     tokens = shape.tokens / parallel.context
     return _Widths(
+        context=parallel.context,
         hidden=architecture.hidden_size,
         queries=architecture.num_attention_heads * architecture.head_dim // tensor,
         keys=architecture.num_query_groups * architecture.head_dim // tensor,
@@ -120,15 +122,18 @@ def _local_layer(architecture: Architecture, numerics: Numerics, w: _Widths, sha
             # In fp32 no copy is made: the key is a view of what is kept anyway.
             qk_norm -= w.tokens * w.keys * 4
     padded = shape.sequences * shape.longest
-    attention = padded * ((2 * w.queries + 2 * w.keys) * element + 4 * w.heads) + 8 * w.tokens
-    rotated = w.tokens * (w.queries + w.keys) * element
-    joint = w.tokens * (w.queries + 2 * w.keys) * element
+    attention: float = padded * ((2 * w.queries + 2 * w.keys) * element + 4 * w.heads) + 8 * shape.tokens
+    # Rotated queries and keys; the joint product that the values are a view of.
+    inputs = w.tokens * (2 * w.queries + 3 * w.keys) * element
+    if w.context > 1:
+        # Whole sequences are gathered from all ranks, put in order, and of the result this rank's tokens are kept.
+        attention += shape.tokens * (w.queries + 2 * w.keys) * element + 8 * (shape.tokens + w.tokens) - inputs
     norm = _local_norm(w.norm_tokens, w.hidden)
     gathered = w.tokens * w.hidden * element if w.norm_tokens < w.tokens else 0.0
     return LayerBytes(
         input=stream,
         attention=attention,
-        attention_inputs=rotated + joint,
+        attention_inputs=inputs,
         before_mlp=norm + stream + tables + qk_norm + w.tokens * w.queries * element,
         # The joint product of gate and up, the gate's activation, up, and their product.
         mlp=norm + stream + 5 * w.tokens * w.ffn * element,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.packing import pack, pack_padded, round_up, split_by_rank
+from ctpd_nemo.data.packing import pack, pack_padded, round_up, split_by_rank, whole_multiple
 from ctpd_nemo.planner.shapes import shape_of
 from ctpd_nemo.planner.workload import Lengths
 
@@ -29,11 +29,13 @@ class Cut:
         ranks: Ranks that share them.
         budget: Most tokens of a microbatch.
         multiple: Tokens of a microbatch are a multiple of this.
+        sequence_multiple: Likewise those of a sequence.
         padding: "packed" or "padded".
         other: The side whose microbatches hold the same pairs, where there is one.
         attention: "fused" computes what tokens see; "local" pads sequences to the longest of the microbatch, and
             computes all of it.
         window: Tokens that each token sees at most, itself included.
+        context: Context-parallel size.
     """
 
     side: str
@@ -42,10 +44,17 @@ class Cut:
     ranks: int
     budget: int
     multiple: int = 1
+    sequence_multiple: int = 1
     padding: str = "packed"
     other: str | None = None
     attention: str = "fused"
     window: int | None = None
+    context: int = 1
+
+    @property
+    def whole_multiple(self) -> int:
+        """What the tokens of a microbatch are a multiple of: both."""
+        return whole_multiple(self.multiple, self.sequence_multiple)
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,11 @@ def _groups_of_step(
     for share in ranks:
         own = rows[share]
         tokens_SPR = np.stack([_sequences(lengths, side, cut.responses, own) for side in sides])
+        tokens_SPR = -(-tokens_SPR // cut.sequence_multiple) * cut.sequence_multiple
         if cut.padding == "packed":
             members = pack(tokens_SPR.sum(axis=2).max(axis=0), cut.budget)
         else:
-            longest = [round_up(int(length), cut.multiple) for length in tokens_SPR.max(axis=(0, 2))]
+            longest = [round_up(int(length), cut.whole_multiple) for length in tokens_SPR.max(axis=(0, 2))]
             members = pack_padded(np.multiply(longest, len(cut.responses)), cut.budget)
         found.append([own[member] for member in members])
     return found
@@ -123,10 +133,13 @@ def _load(lengths: Lengths, cut: Cut, side: str, groups: list[list[list[NDArray[
             for m, rows in enumerate(rank):
                 sequences = _sequences(lengths, side, cut.responses, rows).ravel()
                 load.real_tokens[k, r, m] = sequences.sum()
+                sequences = -(-sequences // cut.sequence_multiple) * cut.sequence_multiple
                 if cut.padding == "padded":
-                    sequences = np.full_like(sequences, round_up(int(sequences.max()), cut.multiple))
+                    sequences = np.full_like(sequences, round_up(int(sequences.max()), cut.whole_multiple))
                 targets = sum(int(getattr(lengths.sides[side], name)[rows].sum()) for name in cut.responses)
-                shape = shape_of(sequences.tolist(), targets, cut.attention, cut.window, cut.multiple)
+                shape = shape_of(
+                    sequences.tolist(), targets, cut.attention, cut.window, cut.whole_multiple, cut.context
+                )
                 for name in ("tokens", "targets", "attended", "scored"):
                     getattr(load, name)[k, r, m] = getattr(shape, name)
     return load

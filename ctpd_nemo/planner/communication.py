@@ -24,7 +24,7 @@ class Traffic:
 
     Attributes:
         group: "tensor", "pipeline", "context", "data" or "embedding".
-        kind: "all-reduce", "all-gather", "reduce-scatter" or "send".
+        kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "send".
         payload: Bytes, as the module's text counts them.
         calls: Collectives.
     """
@@ -61,6 +61,7 @@ def step_traffic(
     replicas: int,
     stage: int,
     backward: bool = True,
+    attention: str = "fused",
 ) -> list[Traffic]:
     """Everything of one step, microbatches and the update.
 
@@ -72,12 +73,13 @@ def step_traffic(
         replicas: Ranks that hold the same parameters.
         stage: The pipeline stage of the rank.
         backward: Whether the model is trained; else the pass is forward only.
+        attention: "fused" or "local".
     """
     found: list[Traffic] = []
     for shape in shapes:
         found += tensor_traffic(architecture, parallel, numerics, shape, stage, backward)
         found += pipeline_traffic(architecture, parallel, numerics, shape, stage, backward)
-        found += context_traffic(architecture, parallel, numerics, shape, backward)
+        found += context_traffic(architecture, parallel, numerics, shape, stage, backward, attention)
     if backward:
         found += update_traffic(architecture, parallel, numerics, replicas, stage)
     return merged(found)
@@ -110,8 +112,8 @@ def tensor_traffic(
     first, last = stage == 0, stage == parallel.pipeline - 1
     hidden = shape.tokens / parallel.context * architecture.hidden_size * numerics.element_bytes
     again = layers if backward and parallel.recompute == "full" else 0
-    # Maximum, sum and label's logit of every response token, fp32.
-    numbers = Traffic("tensor", "all-reduce", 3 * 4 * shape.targets / parallel.context, 3)
+    # The maximum of every response token, and then its sum and its label's logit, fp32.
+    numbers = Traffic("tensor", "all-reduce", 3 * 4 * shape.targets / parallel.context, 2)
     found = [numbers] if last else []
     if not parallel.sequence:
         sums = 2 * (layers + again) + first + (2 * layers + last if backward else 0)
@@ -141,16 +143,39 @@ def pipeline_traffic(
 
 
 def context_traffic(
-    architecture: Architecture, parallel: ParallelConfig, numerics: Numerics, shape: Shape, backward: bool
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    numerics: Numerics,
+    shape: Shape,
+    stage: int,
+    backward: bool,
+    attention: str,
 ) -> list[Traffic]:
-    """Of one microbatch within the context-parallel group: keys and values go round, and backward their gradients."""
+    """Of one microbatch within the context-parallel group.
+
+    Fused attention sends keys and values round a ring, and backward them and their gradients; or it changes heads for
+    tokens before attention and back behind it ("a2a"). The local attention gathers whole sequences.
+    """
     if parallel.context == 1:
         return []
     layers = chunk_layers(architecture, parallel) * (parallel.virtual_pipeline or 1)
-    width = 2 * architecture.num_query_groups * architecture.head_dim // parallel.tensor
-    block = shape.tokens / parallel.context * width * numerics.element_bytes
-    rounds = (parallel.context - 1) * layers * (3 if backward else 1)
-    return [Traffic("context", "send", rounds * block, rounds)]
+    again = layers if backward and parallel.recompute != "none" else 0
+    queries = architecture.num_attention_heads * architecture.head_dim // parallel.tensor
+    keys = 2 * architecture.num_query_groups * architecture.head_dim // parallel.tensor
+    token = shape.tokens * numerics.element_bytes
+    # Spans lie over all ranks: their sums do not, of at most as many spans as targets, fp32.
+    sums = [Traffic("context", "all-reduce", 4 * shape.targets, 1)] if stage == parallel.pipeline - 1 else []
+    if attention == "local":
+        gathers, scatters = 3 * (layers + again), 3 * layers if backward else 0
+        gathered = Traffic("context", "all-gather", gathers / 3 * token * (queries + keys), gathers)
+        scattered = Traffic("context", "reduce-scatter", scatters / 3 * token * (queries + keys), scatters)
+        return [gathered, *([scattered] if backward else []), *sums]
+    passes = layers + again + (layers if backward else 0)
+    if parallel.context_communication == "a2a":
+        share = token / parallel.context
+        return [Traffic("context", "all-to-all", passes * share * (2 * queries + keys), 4 * passes), *sums]
+    rounds = (parallel.context - 1) * (layers + again + (2 * layers if backward else 0))
+    return [Traffic("context", "send", rounds * token / parallel.context * keys, rounds), *sums]
 
 
 def update_traffic(

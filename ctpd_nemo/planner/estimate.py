@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.gpt import PrecisionConfig, transformer_config
+from ctpd_nemo.models.gpt import transformer_config
+from ctpd_nemo.planner.architecture import NamedArchitecture
 from ctpd_nemo.planner.batches import STEPS, Cut, Load, cut_batches
 from ctpd_nemo.planner.communication import Traffic, merged, step_traffic
 from ctpd_nemo.planner.flops import hardware_flops, model_flops
 from ctpd_nemo.planner.hardware import Hardware
 from ctpd_nemo.planner.jobs import FrozenModels, Job, Layout
 from ctpd_nemo.planner.memory import Frozen, Request, StageMemory, job_memory
+from ctpd_nemo.planner.numerics import Numerics, numerics_of
 from ctpd_nemo.planner.shapes import Shape, fullest_shape
 from ctpd_nemo.planner.timing import Parts, pass_parts, update_parts
 from ctpd_nemo.planner.workload import Lengths
@@ -73,7 +75,7 @@ class Estimate:
 
     def utilisation(self, hardware: Hardware) -> float:
         """Model operations as a share of what the data sheet promises (MFU)."""
-        peak = hardware.peak_rate(self.job.numerics.matmul) * self.layout.gpus
+        peak = hardware.peak_rate("fp8" if self.job.precision.fp8 else self.job.precision.dtype) * self.layout.gpus
         return self.model_flops / (self.step_seconds * peak)
 
     @property
@@ -96,13 +98,8 @@ def check_layout(job: Job, layout: Layout) -> None:
     layout.parallel.check(layout.gpus)
     for model in job.models:
         # Only sizes are looked at: what Transformer Engine would fuse does not matter here.
-        transformer_config(model.architecture, layout.parallel, _plain_precision(job), use_transformer_engine=False)
-    sequence = 2 * layout.parallel.context if layout.parallel.context > 1 else 1
-    check_budget(layout.microbatch_tokens, job.max_length, layout.multiple // sequence, sequence)
-
-
-def _plain_precision(job: Job) -> PrecisionConfig:
-    return PrecisionConfig("fp32" if job.numerics.element_bytes == 4 else "bf16")
+        transformer_config(model.architecture, layout.parallel, job.precision, use_transformer_engine=False)
+    check_budget(layout.microbatch_tokens, job.max_length, layout.multiple(job.precision), layout.sequence_multiple)
 
 
 def memory(job: Job, layout: Layout) -> list[StageMemory]:
@@ -110,17 +107,28 @@ def memory(job: Job, layout: Layout) -> list[StageMemory]:
     ranks = 1 if job.method == "score" else layout.data_ranks
     pairs = -(-job.pairs // ranks)
     step_tokens = pairs * len(job.responses) * job.max_length
-    tokens = min(layout.microbatch_tokens, step_tokens)
+    tokens = layout.microbatch_tokens
+    if not layout.parallel.overlap_tensor:
+        tokens = min(tokens, step_tokens)
     shape = fullest_shape(tokens, job.max_length)
     request = Request(
         architecture=job.model.architecture if job.model else None,
         shape=shape,
-        microbatches=-(-step_tokens // tokens),
+        microbatches=max(1, -(-step_tokens // tokens)),
         step_tokens=step_tokens,
-        frozen=tuple(Frozen(frozen.model.architecture, frozen.count, shape) for frozen in job.frozen),
+        frozen=tuple(_frozen(frozen, job, shape) for frozen in job.frozen),
         attention=job.attention,
     )
-    return job_memory(request, layout.parallel, job.numerics, layout.replicas, job.numerics)
+    return job_memory(request, layout.parallel, _numerics(job, job.models[0]), layout.replicas)
+
+
+def _numerics(job: Job, model: NamedArchitecture, frozen: bool = False) -> Numerics:
+    return numerics_of(job.precision, model.architecture, frozen)
+
+
+def _frozen(frozen: FrozenModels, job: Job, shape: Shape) -> Frozen:
+    architecture = frozen.model.architecture
+    return Frozen(architecture, frozen.count, shape, _numerics(job, frozen.model, frozen=True))
 
 
 def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> Estimate:
@@ -130,7 +138,8 @@ def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> 
     if job.model is None:
         return _estimate_scoring(job, layout, hardware, lengths, loads, stages)
     load, steps = loads[0], StepPlan(lengths.pairs, job.pairs, job.epochs, job.max_steps).total_steps
-    a, parallel, numerics, ranks = job.model.architecture, layout.parallel, job.numerics, layout.data_ranks
+    a, parallel, ranks = job.model.architecture, layout.parallel, layout.data_ranks
+    numerics = _numerics(job, job.model)
     passes = pass_parts(a, parallel, numerics, hardware, load, ranks, backward=True)
     microbatches = float(load.counts.max(axis=1).mean())
     parts = passes + update_parts(a, parallel, numerics, hardware, ranks, passes, microbatches)
@@ -179,7 +188,15 @@ def _estimate_scoring(
 
 
 def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Hardware, load: Load, ranks: int) -> Parts:
-    one = pass_parts(frozen.model.architecture, layout.parallel, job.numerics, hardware, load, ranks, backward=False)
+    one = pass_parts(
+        frozen.model.architecture,
+        layout.parallel,
+        _numerics(job, frozen.model, frozen=True),
+        hardware,
+        load,
+        ranks,
+        backward=False,
+    )
     return functools.reduce(Parts.__add__, [one] * frozen.count)
 
 
@@ -193,11 +210,13 @@ def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
         pairs=job.pairs,
         ranks=1 if scoring else layout.data_ranks,
         budget=layout.microbatch_tokens,
-        multiple=layout.multiple,
+        multiple=layout.multiple(job.precision),
+        sequence_multiple=layout.sequence_multiple,
         padding=job.padding,
         other=other,
         attention=job.attention,
         window=job.models[0].architecture.sliding_window,
+        context=layout.parallel.context,
     )
     return cut_batches(lengths, cut, _SHARDS if scoring else STEPS)
 
@@ -214,7 +233,8 @@ def _flops(job: Job, layout: Layout, loads: list[Load]) -> dict[str, float]:
     if job.model is not None:
         shape = _mean_shape(loads[0])
         model += model_flops(job.model.architecture, shape).total
-        hardware += hardware_flops(job.model.architecture, layout.parallel, shape).total
+        count = float(loads[0].counts.sum(axis=1).mean())
+        hardware += hardware_flops(job.model.architecture, layout.parallel, shape, microbatches=count).total
     shape = _mean_shape(loads[-1])
     for frozen in job.frozen:
         a = frozen.model.architecture
@@ -234,11 +254,24 @@ def _traffic(job: Job, layout: Layout, loads: list[Load]) -> list[Traffic]:
 
     if job.model is not None:
         found += step_traffic(
-            job.model.architecture, layout.parallel, job.numerics, shapes(loads[0]), layout.replicas, last
+            job.model.architecture,
+            layout.parallel,
+            _numerics(job, job.model),
+            shapes(loads[0]),
+            layout.replicas,
+            last,
+            attention=job.attention,
         )
     for frozen in job.frozen:
         one = step_traffic(
-            frozen.model.architecture, layout.parallel, job.numerics, shapes(loads[-1]), 1, last, backward=False
+            frozen.model.architecture,
+            layout.parallel,
+            _numerics(job, frozen.model, frozen=True),
+            shapes(loads[-1]),
+            1,
+            last,
+            backward=False,
+            attention=job.attention,
         )
         found += one * frozen.count
     return merged(found)

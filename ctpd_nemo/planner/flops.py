@@ -6,15 +6,18 @@ A product of an ``[m, k]`` and a ``[k, n]`` matrix counts ``2 m k n``. Per token
 runs at response positions only.
 
 *Model* operations are those that the mathematics needs; *hardware* operations are those that run: the backward pass of
-fused attention makes the scores again, log-probs make their logits again, recomputation makes layers again, and the
-local attention fills in what the causal mask then hides.
+fused attention makes the scores again, log-probs make the logits of all but a last chunk again, recomputation makes
+layers again, and the local attention fills in what the causal mask then hides.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.planner.head import remade, vocabulary_rows
 from ctpd_nemo.planner.shapes import Shape
 
 
@@ -64,11 +67,20 @@ def model_flops(architecture: Architecture, shape: Shape, backward: bool = True)
     return forward.scaled(3.0, 3.0, 3.0) if backward else forward
 
 
-def hardware_flops(architecture: Architecture, parallel: ParallelConfig, shape: Shape, backward: bool = True) -> Flops:
-    """Operations that run."""
+def hardware_flops(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    shape: Shape,
+    backward: bool = True,
+    device: str = "cuda",
+    microbatches: float = 1.0,
+) -> Flops:
+    """Operations that run; ``shape`` may be the sum of several microbatches."""
     rows = padded_vocab_size(architecture.vocab_size, parallel.tensor)
     forward = _forward(architecture, shape.tokens, shape.scored, shape.targets, rows)
     if not backward:
         return forward
-    again = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[parallel.recompute]
-    return forward.scaled(3.0 + again[0], 3.5 + again[1], 4.0)
+    layers, attention = {"none": (0.0, 0.0), "selective": (0.0, 1.0), "full": (1.0, 1.0)}[parallel.recompute]
+    targets = np.array(shape.targets / max(microbatches, 1) / parallel.context)
+    again = float(remade(targets, vocabulary_rows(architecture, parallel), device) / np.maximum(targets, 1))
+    return forward.scaled(3.0 + layers, 3.5 + attention, 3.0 + again)

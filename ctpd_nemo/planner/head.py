@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.losses.logprobs import CHUNK_LOGITS
 from ctpd_nemo.models.gpt import padded_vocab_size
@@ -15,10 +18,11 @@ class HeadBytes:
     """Bytes of one microbatch on the last pipeline stage.
 
     Attributes:
-        saved: What is kept for the backward pass: hidden states of response positions and some numbers a token.
+        saved: What is kept for the backward pass beside the logits: hidden states of response positions and some
+            numbers a token.
         forward_work: The largest temporary of the forward pass.
-        work: The largest temporary of forward and backward pass: a chunk of logits, gradients of hidden states and of
-            the whole weight in fp32.
+        work: The largest temporary of forward and backward pass, the buffer of logits included: a chunk of them, of
+            their gradient, and the gradients of hidden states and of the whole weight in fp32.
     """
 
     saved: float
@@ -26,18 +30,39 @@ class HeadBytes:
     work: float
 
 
-def head_bytes(architecture: Architecture, parallel: ParallelConfig, numerics: Numerics, shape: Shape) -> HeadBytes:
-    """What the output layer and its log-probs keep and use of memory."""
+def vocabulary_rows(architecture: Architecture, parallel: ParallelConfig) -> int:
+    """Rows of the output layer on one rank, padding included."""
+    return padded_vocab_size(architecture.vocab_size, parallel.tensor) // parallel.tensor
+
+
+def chunk_tokens(rows: int, device: str) -> int:
+    """Tokens whose logits exist at a time, at most."""
+    return max(1, CHUNK_LOGITS[device] // rows)
+
+
+def remade(targets: NDArray[np.float64], rows: int, device: str = "cuda") -> NDArray[np.float64]:
+    """Response tokens whose logits the backward pass makes again: of each microbatch all but its last chunk."""
+    chunks = np.maximum(1, np.ceil(targets / chunk_tokens(rows, device)))
+    size = np.ceil(targets / chunks)
+    return np.maximum(0.0, (np.ceil(targets / np.maximum(1, size)) - 1) * size)
+
+
+def head_bytes(
+    architecture: Architecture, parallel: ParallelConfig, numerics: Numerics, shape: Shape, device: str
+) -> HeadBytes:
+    """What the output layer and its log-probs keep and use of memory on a "cuda" or "cpu" device."""
     element, hidden = numerics.element_bytes, architecture.hidden_size
     targets = shape.targets / parallel.context
-    rows = padded_vocab_size(architecture.vocab_size, parallel.tensor) // parallel.tensor
-    chunk = min(targets, max(1, CHUNK_LOGITS // rows))
-    # Logits in fp32, and where the product is not, the product beside them; likewise their gradient.
-    logits = chunk * rows * (4 if element == 4 else 4 + element)
-    numbers = targets * (8 + 8 + 1 + 4)
-    weight_gradient = rows * hidden * (4 if element == 4 else 4 + element)
+    rows = vocabulary_rows(architecture, parallel)
+    chunk = min(targets, chunk_tokens(rows, device))
+    logits = 4 * chunk * rows
+    # The CPU has no product of bf16 with an fp32 result: it copies the inputs, and adds a product of its own.
+    copied = device == "cpu" and element < 4
+    weight_copy = 4 * rows * hidden if copied else 0
+    # Of what is not fp32: the gradient of a chunk of logits, and of the weight, in the weight's own format.
+    cast = element * rows * (chunk + hidden) if element < 4 else 0
     return HeadBytes(
-        saved=targets * hidden * element + numbers,
-        forward_work=logits + 3 * 4 * targets,
-        work=logits + weight_gradient + targets * (hidden * element + 3 * 4),
+        saved=targets * (hidden * element + 8 + 8 + 1 + 4 + 3 * 4),
+        forward_work=logits + weight_copy + (4 * chunk * hidden if copied else 0) + 3 * 4 * targets,
+        work=logits + weight_copy + cast + 4 * rows * hidden + (targets + chunk) * hidden * element,
     )

@@ -12,9 +12,9 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.pipeline.stages import STAGES, Stage, StageResult, stage_config
 from ctpd_nemo.planner.architecture import NamedArchitecture, find_architecture
-from ctpd_nemo.planner.numerics import Numerics, numerics_of
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,15 @@ class Layout:
         return self.data_ranks * self.parallel.context
 
     @property
-    def multiple(self) -> int:
-        """What the tokens of a microbatch are a multiple of (``models.data.RunData``)."""
-        sequence = 2 * self.parallel.context if self.parallel.context > 1 else 1
-        return sequence * (self.parallel.tensor if self.parallel.sequence else 1)
+    def sequence_multiple(self) -> int:
+        """What the tokens of a sequence are a multiple of (``models.data.RunData``)."""
+        return 2 * self.parallel.context if self.parallel.context > 1 else 1
+
+    def multiple(self, precision: PrecisionConfig) -> int:
+        """What the tokens of a microbatch are a multiple of, beyond its sequences (``models.data.RunData``)."""
+        if self.parallel.overlap_tensor:
+            return self.microbatch_tokens
+        return self.parallel.token_shares() * precision.token_multiple
 
     def __str__(self) -> str:
         p = self.parallel
@@ -56,7 +61,7 @@ class Layout:
             words.append(f"context {p.context}")
         words.append(f"data {self.data_ranks}")
         if p.sequence:
-            words.append("sequence")
+            words.append("sequence, overlapped" if p.overlap_tensor else "sequence")
         if p.recompute != "none":
             words.append(f"recompute {p.recompute}")
         return ", ".join(words) + f", {self.microbatch_tokens} tokens"
@@ -82,7 +87,7 @@ class Job:
         frozen: What is scored with.
         side: Whose tokens the trained model reads: "student" or "teacher".
         responses: Both of a pair, or the chosen one alone.
-        numerics: Number formats.
+        precision: Number formats.
         pairs: Pairs of a step over all ranks; in a scoring job of a shard, which one replica does.
         max_length: Longest sequence.
         padding: "packed" or "padded".
@@ -99,7 +104,7 @@ class Job:
     frozen: tuple[FrozenModels, ...]
     side: str
     responses: tuple[str, ...]
-    numerics: Numerics
+    precision: PrecisionConfig
     pairs: int
     max_length: int
     padding: str
@@ -149,6 +154,7 @@ def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str,
     run.optim.check()
     run.data.check()
     run.trainer.check()
+    run.precision.check()
     # A stage that builds on another has that one's output for a path; what it began with tells the sizes.
     models = OmegaConf.merge(config.model, own.get("model") or {})
     paths = {side: OmegaConf.select(models, f"{side}.path") for side in ("student", "teacher")}
@@ -192,7 +198,7 @@ def _common(run: RunConfig, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "method": run.method.name,
-        "numerics": numerics_of(run.precision.dtype),
+        "precision": run.precision,
         "max_length": run.data.max_length,
         "padding": run.data.packing,
         "epochs": run.trainer.epochs,

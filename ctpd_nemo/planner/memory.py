@@ -69,11 +69,13 @@ class Frozen:
         architecture: Of each.
         count: How many of them stand side by side.
         shape: Of their own microbatches.
+        numerics: Number formats.
     """
 
     architecture: Architecture
     count: int
     shape: Shape
+    numerics: Numerics
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Request:
         step_tokens: The most tokens that one rank has in a step.
         frozen: Models beside it.
         attention: "fused" or "local".
+        device: "cuda" or "cpu".
     """
 
     architecture: Architecture | None
@@ -95,11 +98,10 @@ class Request:
     step_tokens: int
     frozen: Sequence[Frozen] = field(default_factory=tuple)
     attention: str = "fused"
+    device: str = "cuda"
 
 
-def job_memory(
-    request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int, frozen_numerics: Numerics
-) -> list[StageMemory]:
+def job_memory(request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int) -> list[StageMemory]:
     """Memory of every pipeline stage.
 
     Args:
@@ -107,16 +109,12 @@ def job_memory(
         parallel: The layout.
         numerics: Number formats of the trained model.
         replicas: Data-parallel size times context-parallel size: ranks that hold the same parameters.
-        frozen_numerics: Number formats of the models beside it.
     """
-    return [
-        _stage_memory(request, parallel, numerics, replicas, frozen_numerics, stage)
-        for stage in range(parallel.pipeline)
-    ]
+    return [_stage_memory(request, parallel, numerics, replicas, stage) for stage in range(parallel.pipeline)]
 
 
 def _stage_memory(
-    request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int, frozen: Numerics, stage: int
+    request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int, stage: int
 ) -> StageMemory:
     memory = StageMemory()
     if request.architecture is not None:
@@ -125,8 +123,8 @@ def _stage_memory(
         memory = replace(memory, **_passing(request, request.architecture, parallel, numerics, stage))
     return replace(
         memory,
-        frozen=sum(frozen_memory(model, parallel, frozen, stage) for model in request.frozen),
-        scoring=max((_scoring(model, parallel, frozen, stage, request) for model in request.frozen), default=0.0),
+        frozen=sum(frozen_memory(model, parallel, stage) for model in request.frozen),
+        scoring=max((_scoring(model, parallel, stage, request) for model in request.frozen), default=0.0),
         data=_data(request),
     )
 
@@ -145,17 +143,18 @@ def trained_memory(
     )
 
 
-def frozen_memory(frozen: Frozen, parallel: ParallelConfig, numerics: Numerics, stage: int) -> float:
+def frozen_memory(frozen: Frozen, parallel: ParallelConfig, stage: int) -> float:
     """Weights of frozen models on one rank."""
+    numerics = frozen.numerics
     chunks = stage_parameters(frozen.architecture, parallel, stage)
     numel = sum(parameter.numel for chunk in chunks for parameter in chunk)
     return frozen.count * (numel * numerics.element_bytes + _copies(chunks, numerics))
 
 
 def _copies(chunks: Sequence[Sequence[Parameter]], numerics: Numerics) -> float:
-    """FP8 copies of the weights of linear layers; embedding, output layer and norms have none."""
-    linear = (p.numel for chunk in chunks for p in chunk if not p.replicated and p.name != VOCABULARY)
-    return numerics.weight_copy_bytes * sum(linear)
+    """What weights of linear layers take beyond others, which FP8 leaves alone: embedding, output layer and norms."""
+    linear = sum(p.numel for chunk in chunks for p in chunk if not p.replicated and p.name != VOCABULARY)
+    return (numerics.linear_bytes - numerics.element_bytes) * linear
 
 
 def _passing(
@@ -164,13 +163,17 @@ def _passing(
     """Activations and temporaries of a step's forward and backward passes."""
     last = stage == parallel.pipeline - 1
     layer = layer_bytes(architecture, parallel, numerics, request.shape, request.attention)
-    head = head_bytes(architecture, parallel, numerics, request.shape) if last else HeadBytes(0.0, 0.0, 0.0)
+    head = (
+        head_bytes(architecture, parallel, numerics, request.shape, request.device)
+        if last
+        else HeadBytes(0.0, 0.0, 0.0)
+    )
     ending = head.saved
     if last:
         ending += final_norm_bytes(architecture, parallel, numerics, request.shape, request.attention)
-    # In the air together are never more tokens than the step has.
-    most = max(1.0, request.step_tokens / request.shape.tokens)
-    in_air = sum(min(held, most) for held in in_flight(parallel, stage, request.microbatches))
+    # All of a step together have no more tokens than the step; those that fill up a group are as large as the smallest.
+    fullness = min(1.0, request.step_tokens / request.shape.tokens / request.microbatches)
+    in_air = max(1.0, sum(in_flight(parallel, stage, request.microbatches)) * fullness)
     kept = in_air * chunk_layers(architecture, parallel) * _kept_of_layer(layer, parallel.recompute)
     again = kept + _recomputed(layer, parallel.recompute, numerics)
     sent = 0.0 if parallel.pipeline == 1 or (last and not parallel.virtual_pipeline) else in_air * layer.output
@@ -198,12 +201,13 @@ def _recomputed(layer: LayerBytes, recompute: str, numerics: Numerics) -> float:
     return 0.0
 
 
-def _scoring(frozen: Frozen, parallel: ParallelConfig, numerics: Numerics, stage: int, request: Request) -> float:
+def _scoring(frozen: Frozen, parallel: ParallelConfig, stage: int, request: Request) -> float:
     """Temporaries of a forward pass without a backward pass."""
+    numerics = frozen.numerics
     layer = layer_bytes(frozen.architecture, parallel, numerics, frozen.shape, request.attention)
     if stage < parallel.pipeline - 1:
         return layer.forward_work
-    head = head_bytes(frozen.architecture, parallel, numerics, frozen.shape)
+    head = head_bytes(frozen.architecture, parallel, numerics, frozen.shape, request.device)
     return max(layer.forward_work, 2 * layer.output + head.saved + head.forward_work)
 
 

@@ -2,48 +2,55 @@
 
 from dataclasses import dataclass
 
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.convert.architecture import Architecture
+from ctpd_nemo.parallel.precision import PrecisionConfig
+
+# What a linear layer keeps of each element of its input in FP8, scales included: one a tensor, one fp32 in 128
+# elements, one byte in 32.
+_FP8_BYTES = {"delayed": 1.0, "current": 1.0, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """Number formats of a job. Gradients and optimizer state are fp32 in all of them.
+    """Number formats of a model. Gradients and optimizer state are fp32 in all of them.
 
     Attributes:
-        name: ``precision.dtype``.
         element_bytes: Of a weight, and of an activation.
         main_bytes: Of the optimizer's own copy of a weight; 0 where the weight is that copy.
-        matmul: The rate that matrix products run at: "bf16", "fp8" or "fp32".
+        matmul: The rate that the products of the layers run at: "bf16", "fp8" or "fp32".
         input_bytes: What a linear layer keeps of each element of its input.
-        weight_copy_bytes: FP8 copies of each weight that Transformer Engine keeps beside it, by row and by column.
+        linear_bytes: Of a weight of a linear layer, with the copies that Transformer Engine keeps beside it.
+        fp8_share: Share of the layers whose products are in FP8.
     """
 
-    name: str
     element_bytes: int
     main_bytes: int
     matmul: str
     input_bytes: float
-    weight_copy_bytes: int = 0
+    linear_bytes: float
+    fp8_share: float = 0.0
 
 
-# Scales: one a tensor, one fp32 in 128 elements, one byte in 32.
-_NUMERICS = (
-    Numerics("fp32", 4, 0, "fp32", 4),
-    Numerics("bf16", 2, 4, "bf16", 2),
-    Numerics("fp8_delayed", 2, 4, "fp8", 1, 2),
-    Numerics("fp8_current", 2, 4, "fp8", 1, 2),
-    Numerics("fp8_blockwise", 2, 4, "fp8", 1 + 4 / 128, 2),
-    Numerics("mxfp8", 2, 4, "fp8", 1 + 1 / 32, 2),
-)
-NUMERICS = {numerics.name: numerics for numerics in _NUMERICS}
+def numerics_of(precision: PrecisionConfig, architecture: Architecture, frozen: bool = False) -> Numerics:
+    """The formats of a model; ``frozen`` weights never change.
 
-
-def numerics_of(name: str) -> Numerics:
-    """The formats that a precision stands for.
-
-    Raises:
-        InputError: There is no such precision.
+    Layers that stay in bf16 count by their share of the model, wherever they are.
     """
-    if name not in NUMERICS:
-        raise InputError("precision.dtype", repr(name), "one of " + ", ".join(NUMERICS))
-    return NUMERICS[name]
+    element = 4 if precision.dtype == "fp32" else 2
+    main = 0 if element == 4 else 4
+    if precision.fp8 is None:
+        return Numerics(element, main, precision.dtype, element, element)
+    kept_in_bf16 = precision.bf16_first_layers + precision.bf16_last_layers
+    share = max(0.0, 1 - kept_in_bf16 / architecture.num_layers)
+    one = _FP8_BYTES[precision.fp8]
+    # FP8 by row for the forward pass, by column for the backward pass, beside the bf16 weight unless that is given up.
+    copies = one if frozen else 2 * one
+    linear = copies if frozen and precision.fp8_frozen_weights else element + copies
+    return Numerics(
+        element_bytes=element,
+        main_bytes=main,
+        matmul="fp8",
+        input_bytes=share * one + (1 - share) * element,
+        linear_bytes=share * linear + (1 - share) * element,
+        fp8_share=share,
+    )

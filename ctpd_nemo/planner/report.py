@@ -181,7 +181,7 @@ def estimate_as_dict(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:
         "model": job.model.name if job.model else None,
         "parameters": job.model.parameters if job.model else None,
         "frozen": [{"model": f.model.name, "parameters": f.model.parameters, "count": f.count} for f in job.frozen],
-        "precision": job.numerics.name,
+        "precision": job.precision.name,
         "gpus": estimate.layout.gpus,
         "parallel": dataclasses.asdict(estimate.layout.parallel),
         "data_parallel": estimate.layout.data_ranks,

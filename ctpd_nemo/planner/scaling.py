@@ -78,7 +78,7 @@ def reasons(found: Estimate) -> list[str]:
 
 
 def _word(name: str, found: Estimate) -> str:
-    parallel, pairs, ranks = found.layout.parallel, found.job.pairs, found.layout.data_ranks
+    parallel, pairs = found.layout.parallel, found.job.pairs
     words = {
         "recompute": "making activations again",
         "elementwise": "norms, log-probs and starting kernels",
@@ -88,7 +88,7 @@ def _word(name: str, found: Estimate) -> str:
         "bubble": f"pipeline bubble: {pairs} pairs make {found.microbatches:.1f} microbatches a rank, "
         f"for {parallel.pipeline} stages",
         "waiting": _waiting(found),
-        "data": f"gradients and weights over {ranks} data-parallel ranks",
+        "data": f"gradients and weights over {found.layout.replicas} GPUs that hold the same",
         "update": "the optimizer",
         "fixed": f"fixed cost of a step of {pairs} pairs",
     }

@@ -1,9 +1,10 @@
-"""The best layout for a number of GPUs: the one whose step is shortest, of those that divide and fit."""
+"""The best layout for a number of GPUs: the one that is done first, of those that divide and fit."""
 
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.estimate import Estimate, check_layout, checked, estimate, fits, memory
@@ -27,8 +28,8 @@ def best_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> Es
 
 
 def _preference(found: Estimate) -> tuple[float, float, int]:
-    """Shortest step; among equals, to a thousandth, the one with the fewest stages and the least memory."""
-    return (float(f"{found.step_seconds:.3g}"), found.layout.parallel.pipeline, round(found.peak_bytes / GIB))
+    """Shortest job; among equals, to a thousandth, the one with the fewest stages and the least memory."""
+    return (float(f"{found.hours:.3g}"), found.layout.parallel.pipeline, round(found.peak_bytes / GIB))
 
 
 def fitting_layouts(job: Job, gpus: int, hardware: Hardware) -> Iterator[Layout]:
@@ -63,6 +64,7 @@ def _shapes(job: Job, gpus: int, hardware: Hardware) -> Iterator[ParallelConfig]
                             virtual_pipeline=virtual,
                             context=context,
                             sequence=tensor > 1,
+                            overlap_tensor=job.parallel.overlap_tensor and tensor > 1,
                         ),
                         gpus,
                     )
@@ -85,8 +87,9 @@ def _context_allowed(size: int) -> bool:
 
 def _budgets(job: Job, parallel: ParallelConfig, gpus: int) -> list[int]:
     """Budgets worth a look: none beyond what a rank can have in a step."""
-    layout = Layout(gpus, parallel, 1)
-    pair = 2 * -(-job.max_length // layout.multiple) * layout.multiple
+    layout = Layout(gpus, replace(parallel, overlap_tensor=False), 1)
+    multiple = whole_multiple(layout.multiple(job.precision), layout.sequence_multiple)
+    pair = 2 * round_up(job.max_length, multiple)
     ranks = 1 if job.method == "score" else layout.data_ranks
     most = -(-job.pairs // ranks) * len(job.responses) * job.max_length
     return [factor * pair for factor in _BUDGETS if factor == 1 or (factor // 2) * pair < most]

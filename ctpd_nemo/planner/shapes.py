@@ -26,7 +26,12 @@ class Shape:
 
 
 def shape_of(
-    lengths: Sequence[int], targets: int, attention: str = "fused", window: int | None = None, multiple: int = 1
+    lengths: Sequence[int],
+    targets: int,
+    attention: str = "fused",
+    window: int | None = None,
+    multiple: int = 1,
+    context: int = 1,
 ) -> Shape:
     """The shape of a microbatch of sequences of some lengths.
 
@@ -36,11 +41,12 @@ def shape_of(
         attention: "fused" computes the scores that count; "local" pads all sequences to the longest and computes all.
         window: Tokens that each token sees at most, itself included.
         multiple: The last sequence is padded until the tokens of all are a multiple of this.
+        context: Context-parallel size: "local" attention computes all scores on each of so many ranks.
     """
     missing = -sum(lengths) % multiple
     lengths = [*lengths[:-1], lengths[-1] + missing]
     attended = attended_pairs(lengths, window)
-    scored = attended if attention == "fused" else len(lengths) * max(lengths) ** 2
+    scored = attended if attention == "fused" else context * len(lengths) * max(lengths) ** 2
     return Shape(sum(lengths), targets, len(lengths), max(lengths), attended, scored)
 
 

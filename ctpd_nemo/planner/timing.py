@@ -11,26 +11,30 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ctpd_nemo.convert.architecture import Architecture
-from ctpd_nemo.losses.logprobs import CHUNK_LOGITS
-from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.batches import BoolArray, FloatArray, Load
 from ctpd_nemo.planner.flops import layer_elements
 from ctpd_nemo.planner.hardware import Hardware
+from ctpd_nemo.planner.head import chunk_tokens, remade, vocabulary_rows
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.parameters import buffer_numel, chunk_layers, stage_parameters
 
-# Bytes that the log-probs move for every logit, forward and again backward: the product written, cast, its maximum,
-# exponentials in place, their sum (``losses.logprobs``).
-_LOGIT_BYTES = 24
-# Bytes of the fp32 gradient of the output weight that every chunk reads and writes, and its own product.
-_CHUNK_GRADIENT_BYTES = 12
+# Bytes that the log-probs move for every logit forward: the product written, its maximum found, the maximum taken off
+# and exponentials taken in place, their sum; backward: scaled, and cast to the weight's format. Logits that are made
+# again take as much again as forward (``losses.logprobs``).
+_LOGIT_BYTES, _LOGIT_BYTES_BACKWARD = 28, 14
+# Bytes of the fp32 gradient of the output weight that every chunk reads and writes.
+_CHUNK_GRADIENT_BYTES = 8
 # Bytes of a weight's share of the optimizer's step: gradient, main weight and moments read, the latter three and the
 # weight written.
 _UPDATE_BYTES = 30
 # Of the backward pass of a layer, the share of its sums over the tensor-parallel group that does not hide behind the
 # products of weight gradients; forward, all of it shows.
 _SHOWN_BACKWARD = 0.5
+# With ``overlap_tensor``, the share of all of them that does not hide behind the products around.
+_SHOWN_OVERLAPPED = 0.3
+# Of the kernels of a layer, how many more each further context-parallel rank takes: attention goes block by block.
+_RING_KERNELS = 0.5
 # Share of a microbatch's pass that overlapped gradients, or weights, can hide behind.
 _HIDING = 0.8
 
@@ -88,7 +92,9 @@ class _Work:
     tensor: FloatArray
     context: FloatArray
     head: FloatArray
+    head_again: FloatArray
     head_elementwise: FloatArray
+    head_backward: FloatArray
 
     @property
     def layers(self) -> FloatArray:
@@ -123,10 +129,8 @@ def pass_parts(
         factor = dict.fromkeys(factor, 1.0)
     compute = factor["compute"] * work.compute + factor["attention"] * work.attention
     head = (3.0 if backward else 1.0) * work.head
-    head_again = work.head if backward else 0.0 * work.head
-    head_elementwise = work.head_elementwise * (2.0 if backward else 1.0)
-    if backward:
-        head_elementwise = head_elementwise + _weight_gradient(architecture, parallel, hardware, load)
+    head_again = work.head_again if backward else np.zeros_like(head)
+    head_elementwise = work.head_elementwise + (work.head_backward if backward else 0.0)
     recompute = np.zeros_like(work.compute)
     elementwise, tensor = factor["elementwise"] * work.elementwise, factor["tensor"] * work.tensor
     if backward and parallel.recompute == "full":
@@ -168,7 +172,7 @@ def _forward(
     there = load.tokens > 0
     tokens = load.tokens / parallel.context
     elements = layers * layer_elements(a) / parallel.tensor
-    products = 2.0 * elements * tokens / hardware.matmul_rate(numerics.matmul)
+    products = 2.0 * elements * tokens * _seconds_per_operation(numerics, hardware)
     # Few tokens: reading the weights takes longer than multiplying with them.
     compute = np.maximum(products, there * elements * element / hardware.memory_rate)
     heads = a.num_attention_heads * a.head_dim / parallel.tensor
@@ -177,10 +181,14 @@ def _forward(
     positions = tokens / (parallel.tensor if parallel.sequence else 1)
     width = (a.num_query_groups * a.head_dim + a.num_attention_heads * a.head_dim) * 2 + 3 * a.ffn_hidden_size
     moved = layers * element * (10 * positions * a.hidden_size + tokens * width / parallel.tensor)
-    elementwise = moved / hardware.memory_rate + there * layers * hardware.layer_us * 1e-6
-    rows = padded_vocab_size(a.vocab_size, parallel.tensor) // parallel.tensor
+    started = layers * (1 + _RING_KERNELS * (parallel.context - 1)) * hardware.layer_us * 1e-6
+    elementwise = moved / hardware.memory_rate + there * started
+    rows = vocabulary_rows(a, parallel)
     targets = load.targets / parallel.context
+    again = remade(targets, rows)
     head_rate = hardware.matmul_rate("fp32" if numerics.matmul == "fp32" else "bf16")
+    chunks = np.ceil(targets / chunk_tokens(rows, "cuda"))
+    gradient = chunks * rows * a.hidden_size * _CHUNK_GRADIENT_BYTES
     return _Work(
         compute=compute,
         attention=attention,
@@ -188,8 +196,17 @@ def _forward(
         tensor=layers * _sums(a, parallel, numerics, hardware, tokens, there),
         context=np.maximum(0.0, _ring(a, parallel, numerics, hardware, tokens, layers) - attention),
         head=2.0 * rows * a.hidden_size * targets / head_rate,
+        head_again=2.0 * rows * a.hidden_size * again / head_rate,
         head_elementwise=_LOGIT_BYTES * rows * targets / hardware.memory_rate,
+        head_backward=(rows * (_LOGIT_BYTES_BACKWARD * targets + _LOGIT_BYTES * again) + gradient)
+        / hardware.memory_rate,
     )
+
+
+def _seconds_per_operation(numerics: Numerics, hardware: Hardware) -> float:
+    """Of the products of the layers, some of which may stay in bf16."""
+    rest = "fp32" if numerics.matmul == "fp32" else "bf16"
+    return numerics.fp8_share / hardware.matmul_rate("fp8") + (1 - numerics.fp8_share) / hardware.matmul_rate(rest)
 
 
 def _empty_microbatch(
@@ -214,7 +231,8 @@ def _sums(
         return np.zeros_like(tokens)
     wire = 2 * (size - 1) / size * tokens * a.hidden_size * numerics.element_bytes
     calls = 4 if parallel.sequence else 2
-    return 2 * wire / hardware.link_rate(1, size) + there * calls * hardware.latency_us * 1e-6
+    shown = _SHOWN_OVERLAPPED if parallel.overlap_tensor else 1.0
+    return 2 * shown * wire / hardware.link_rate(1, size) + there * calls * hardware.latency_us * 1e-6
 
 
 def _ring(
@@ -230,14 +248,8 @@ def _ring(
         return np.zeros_like(tokens)
     block = tokens * 2 * a.num_query_groups * a.head_dim / parallel.tensor * numerics.element_bytes
     rate = hardware.link_rate(parallel.tensor, parallel.context)
+    # Heads for tokens and back ("a2a") moves about as much, once.
     return layers * (parallel.context - 1) * (block / rate + (tokens > 0) * hardware.latency_us * 1e-6)
-
-
-def _weight_gradient(a: Architecture, parallel: ParallelConfig, hardware: Hardware, load: Load) -> FloatArray:
-    """Seconds that the chunks of the log-probs' backward pass take to add to the gradient of the output weight."""
-    rows = padded_vocab_size(a.vocab_size, parallel.tensor) // parallel.tensor
-    chunks = np.ceil(load.targets / parallel.context / max(1, CHUNK_LOGITS // rows))
-    return chunks * rows * a.hidden_size * _CHUNK_GRADIENT_BYTES / hardware.memory_rate
 
 
 def _transfer(
@@ -266,9 +278,9 @@ def _pipeline_time(
 ) -> FloatArray:
     """Seconds of a step's microbatches, ``[K, R]``: the slowest stage runs all of them, the others fill and drain.
 
-    With virtual stages the bubble is a chunk's, but microbatches come in groups of as many as there are stages: a group
-    that is not full takes as long as a full one, since its first microbatch goes through all stages chunk by chunk.
-    Ranks with fewer microbatches than others run ``empty`` ones.
+    With virtual stages the bubble is a chunk's, but microbatches come in groups of as many as there are stages, and
+    what a group lacks is filled up with padding as long as a microbatch (``models.forward``). Ranks with fewer
+    microbatches than others run ``empty`` ones.
     """
     stages, chunks = parallel.pipeline, parallel.virtual_pipeline or 1
     missing = counts_KR.max(axis=1, keepdims=True) - counts_KR
@@ -279,7 +291,7 @@ def _pipeline_time(
     if chunks == 1:
         return whole + (stages - 1) * one
     lacking = -counts_KR % stages
-    return whole + lacking * np.maximum(one, empty) + (np.minimum(counts_KR, stages) - 1) / chunks * one
+    return whole + lacking * one + (stages - 1) / chunks * one
 
 
 def update_parts(

@@ -28,6 +28,7 @@ NAMES = {
         "TP2 SP, full, bf16",
         "PP2, tied, frozen",
         "PP2 of 2 virtual stages",
+        "CP2, selective, bf16",
         "DP2, bf16",
         "DP2, narrow, unsharded optimizer",
     ),

@@ -27,7 +27,7 @@ def test_every_experiment_fits_where_it_says(name: str, hardware: str) -> None:
     for given, best in zip(found.values["stages"], found.values["best"], strict=True):
         assert sum(given["step_shares"].values()) == pytest.approx(1)
         assert 0 < given["model_flops_utilisation"] < 1
-        assert best["step_seconds"] <= 1.01 * given["step_seconds"]
+        assert best["hours"] <= 1.01 * given["hours"]
     text = found.as_text()
     assert all(stage in text for stage in stages)
     assert "not measurements" in text
@@ -101,6 +101,7 @@ def test_local_attention_costs_more_memory_and_operations() -> None:
         ("only=[nothing]", "stages"),
         ("model.teacher.path=models/Unknown-1B", "model.teacher.path"),
         ("precision.dtype=int3", "precision.dtype"),
+        ("precision.fp8=int4", "precision.fp8"),
     ],
 )
 def test_bad_input_is_refused_by_name(override: str, place: str) -> None:

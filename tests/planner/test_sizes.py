@@ -5,10 +5,11 @@ import itertools
 import pytest
 
 from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.planner.architecture import find_architecture
 from ctpd_nemo.planner.flops import hardware_flops, model_flops
-from ctpd_nemo.planner.memory import Request, job_memory, trained_memory
-from ctpd_nemo.planner.numerics import NUMERICS, numerics_of
+from ctpd_nemo.planner.memory import Frozen, Request, frozen_memory, job_memory, trained_memory
+from ctpd_nemo.planner.numerics import numerics_of
 from ctpd_nemo.planner.parameters import buffer_numel, stage_parameters
 from ctpd_nemo.planner.schedule import in_flight
 from ctpd_nemo.planner.shapes import attended_pairs, fullest_shape, shape_of
@@ -75,7 +76,7 @@ def test_mixed_precision_takes_the_known_bytes_a_parameter(replicas: int, sharde
     """bf16 weights, fp32 gradients: 18 bytes, or 6 + 12 / d with the distributed optimizer (Megatron-Core's docs)."""
     parallel = ParallelConfig(tensor=8, pipeline=4, sequence=True, distributed_optimizer=sharded)
     chunks = stage_parameters(QWEN, parallel, stage=1)
-    memory = trained_memory(chunks, parallel, NUMERICS["bf16"], replicas)
+    memory = trained_memory(chunks, parallel, numerics_of(PrecisionConfig("bf16"), QWEN), replicas)
     total = memory.weights + memory.gradients + memory.optimizer
     assert total == pytest.approx(bytes_each * sum(p.numel for chunk in chunks for p in chunk), rel=1e-4)
 
@@ -91,13 +92,13 @@ def test_buffers_pad_parameters_to_64_and_buckets_to_what_ranks_can_share() -> N
 
 
 @pytest.mark.parametrize("attention", ["local", "fused"])
-@pytest.mark.parametrize("precision", list(NUMERICS))
-def test_more_recomputation_keeps_less(attention: str, precision: str) -> None:
+@pytest.mark.parametrize("precision", [PrecisionConfig("fp32"), PrecisionConfig(), PrecisionConfig(fp8="mxfp8")])
+def test_more_recomputation_keeps_less(attention: str, precision: PrecisionConfig) -> None:
     shape = fullest_shape(8192, longest=2048)
     request = Request(LLAMA, shape, microbatches=4, step_tokens=4 * 8192, attention=attention)
-    numerics = numerics_of(precision)
+    numerics = numerics_of(precision, LLAMA)
     kept = [
-        job_memory(request, ParallelConfig(recompute=mode), numerics, 1, numerics)[0].activations
+        job_memory(request, ParallelConfig(recompute=mode), numerics, 1)[0].activations
         for mode in ("none", "selective", "full")
     ]
     assert kept == sorted(kept, reverse=True)
@@ -108,11 +109,25 @@ def test_fp8_keeps_less_than_bf16_and_sequence_parallelism_less_than_none() -> N
     shape = fullest_shape(8192, longest=2048)
     request = Request(LLAMA, shape, microbatches=1, step_tokens=8192)
 
-    def kept(precision: str, **parallel: object) -> float:
-        numerics = numerics_of(precision)
+    def kept(precision: PrecisionConfig, **parallel: object) -> float:
         layout = ParallelConfig(**parallel)  # type: ignore[arg-type]
-        return job_memory(request, layout, numerics, 1, numerics)[0].activations
+        return job_memory(request, layout, numerics_of(precision, LLAMA), 1)[0].activations
 
-    assert kept("fp8_delayed") < kept("bf16")
-    assert kept("bf16", tensor=4, sequence=True) < kept("bf16", tensor=4) < kept("bf16")
-    assert kept("bf16", context=2) == pytest.approx(kept("bf16") / 2, rel=1e-3)
+    bf16, fp8 = PrecisionConfig(), PrecisionConfig(fp8="current")
+    some = PrecisionConfig(fp8="current", bf16_first_layers=8, bf16_last_layers=8)
+    assert kept(fp8) < kept(some) < kept(bf16)
+    assert kept(bf16, tensor=4, sequence=True) < kept(bf16, tensor=4) < kept(bf16)
+    assert kept(bf16, context=2) == pytest.approx(kept(bf16) / 2, rel=1e-3)
+
+
+def test_frozen_fp8_weights_take_half_of_bf16() -> None:
+    shape = fullest_shape(4096, longest=2048)
+
+    def weights(precision: PrecisionConfig) -> float:
+        frozen = Frozen(QWEN, 1, shape, numerics_of(precision, QWEN, frozen=True))
+        return frozen_memory(frozen, ParallelConfig(tensor=8, pipeline=4), stage=1)
+
+    bf16, only_fp8 = PrecisionConfig(), PrecisionConfig(fp8="current", fp8_frozen_weights=True)
+    assert weights(only_fp8) / weights(bf16) == pytest.approx(0.5, rel=1e-3)
+    # Without giving up bf16, Transformer Engine keeps both.
+    assert weights(PrecisionConfig(fp8="current")) / weights(bf16) == pytest.approx(1.5, rel=1e-3)
