@@ -5,7 +5,7 @@
 
 Every process builds the model as training does and runs real steps (``planner_worker.py``). Weights, gradients and
 optimizer state are counted as tensor storages; activations as the most that autograd keeps at one time; the step as the
-most that is alive at one time beyond them. Writes a Markdown table to standard output and the figures to ``--json``.
+most that is alive at one time beyond them. Prints a Markdown table, and writes it and all figures to files.
 """
 
 import argparse
@@ -213,9 +213,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", default="planner_memory.json")
+    parser.add_argument("--markdown", default="planner_memory.md")
     args = parser.parse_args()
     rows = [row for processes in args.processes for row in compare(processes, CASES[processes])]
     Path(args.json).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    Path(args.markdown).write_text(table(rows) + "\n", encoding="utf-8")
     print(table(rows))
 
 

@@ -96,6 +96,8 @@ def plan(config: DictConfig) -> Plan:
     asked.hardware.check()
     asked.workload.check()
     jobs = find_jobs(recipe, asked.attention)
+    if asked.attention == "local" and any(job.precision.fp8 for job in jobs):
+        raise InputError("attention", "local with precision.fp8", "fused: FP8 products are Transformer Engine's")
     lengths = _lengths(asked.workload, recipe, jobs)
     if len(sizes) > 1:
         found = _study(jobs, sizes, asked.hardware, lengths)
@@ -169,7 +171,7 @@ def _study(jobs: list[Job], sizes: list[int], hardware: Hardware, lengths: Lengt
     """How the cost grows with GPUs."""
     study = Study(hardware, lengths)
     studies = [study.stage(job, sizes) for job in jobs]
-    tables = [models_table(jobs), scaling_table(studies, sizes, hardware), stop_table(studies, hardware)]
+    tables = [models_table(jobs), scaling_table(studies, sizes, hardware), stop_table(studies)]
     values = {"scaling": [study_as_dict(one, hardware) for one in studies]}
     numbers = ", ".join(str(size) for size in sizes)
     heading = f"How the cost grows from {numbers} {hardware.name}"

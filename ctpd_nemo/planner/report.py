@@ -16,6 +16,10 @@ _KINDS = ("weights", "gradients", "optimizer", "frozen", "activations", "sent", 
 _GROUPS = ("tensor", "context", "pipeline", "data", "embedding")
 
 
+def _hours(hours: float) -> str:
+    return f"{hours:.2f}" if hours >= 0.1 else f"{hours:.3f}"
+
+
 def describe(job: Job) -> str:
     """What a stage does, in a line."""
     frozen = ", ".join(f"{f.count} x {f.model.name}" for f in job.frozen)
@@ -86,14 +90,14 @@ def time_table(found: Sequence[Estimate], hardware: Hardware) -> Table:
             f"{estimate.utilisation(hardware):.1%}",
             f"{estimate.parts.shares()['bubble']:.0%}",
             f"{estimate.steps:,}",
-            f"{estimate.hours:.2f}",
+            _hours(estimate.hours),
             f"{estimate.gpu_hours:,.1f}",
             "; ".join(reasons(estimate)[:3]),
         ]
         for estimate in found
     ]
     hours, gpu_hours = sum(e.hours for e in found), sum(e.gpu_hours for e in found)
-    rows.append(["the run", "", "", "", "", "", f"{hours:.2f}", f"{gpu_hours:,.1f}", ""])
+    rows.append(["the run", "", "", "", "", "", _hours(hours), f"{gpu_hours:,.1f}", ""])
     columns = [" stage", "s a step", "tokens/s", "MFU", "bubble", "steps", "hours", "GPU-hours", " beside operations"]
     return Table("Time (estimated)", columns, rows)
 
@@ -102,30 +106,20 @@ def scaling_table(studies: Sequence[StageStudy], sizes: Sequence[int], hardware:
     """Every stage on every number of GPUs: the best layout there, what it costs, and what limits it."""
     rows = []
     for study in studies:
-        cheapest = study.least.gpu_hours if study.least else 0.0
         for gpus in sizes:
             best = study.found[gpus]
             if best is None:
                 need = f"does not fit; {study.least.layout.gpus} do" if study.least else "does not fit"
                 rows.append([study.job.name, str(gpus), need, *[""] * 5, ""])
                 continue
-            cells = [f"{best.hours:.2f}", f"{best.gpu_hours:,.1f}", f"{cheapest / best.gpu_hours:.0%}"]
+            cells = [_hours(best.hours), f"{best.gpu_hours:,.1f}", f"{study.cheapest / best.gpu_hours:.0%}"]
             cells += [f"{best.utilisation(hardware):.1%}", f"{best.peak_bytes / GIB:.0f}"]
             rows.append([study.job.name, str(gpus), str(best.layout), *cells, "; ".join(reasons(best)[:2])])
     for gpus in sizes:
         rows.append(_run_row(studies, gpus))
-    columns = [
-        " stage",
-        "GPUs",
-        " best layout",
-        "hours",
-        "GPU-hours",
-        "efficiency",
-        "MFU",
-        "GiB",
-        " what holds it",
-    ]
-    return Table("Scaling (estimated): efficiency is GPU-hours on the fewest GPUs over GPU-hours here", columns, rows)
+    costs = ["hours", "GPU-hours", "efficiency", "MFU", "GiB"]
+    title = "Scaling (estimated): efficiency is the fewest GPU-hours on any number of GPUs over those here"
+    return Table(title, [" stage", "GPUs", " best layout", *costs, " what holds it"], rows)
 
 
 def _run_row(studies: Sequence[StageStudy], gpus: int) -> list[str]:
@@ -135,22 +129,22 @@ def _run_row(studies: Sequence[StageStudy], gpus: int) -> list[str]:
     missing = [study.job.name for study, best in zip(studies, found, strict=True) if best is None]
     if missing:
         return ["the run", str(gpus), "does not fit: " + ", ".join(missing), *[""] * 5, ""]
-    least = [study.least.gpu_hours for study in studies if study.least]
+    cheapest = sum(study.cheapest for study in studies)
     cost = sum(best.gpu_hours for best in fitting)
     hours = sum(best.hours for best in fitting)
-    return ["the run", str(gpus), "", f"{hours:.2f}", f"{cost:,.1f}", f"{sum(least) / cost:.0%}", "", "", ""]
+    return ["the run", str(gpus), "", _hours(hours), f"{cost:,.1f}", f"{cheapest / cost:.0%}", "", "", ""]
 
 
-def stop_table(studies: Sequence[StageStudy], hardware: Hardware) -> Table:
+def stop_table(studies: Sequence[StageStudy]) -> Table:
     """Where each stage stops paying, and the run with each stage as a job of that size."""
     rows = []
     for study in studies:
         stop = study.stop
-        cells = [str(stop.layout.gpus), f"{stop.hours:.2f}", f"{stop.gpu_hours:,.1f}"] if stop else ["-", "", ""]
-        rows.append([study.job.name, *cells, verdict(study, hardware)])
+        cells = [str(stop.layout.gpus), _hours(stop.hours), f"{stop.gpu_hours:,.1f}"] if stop else ["-", "", ""]
+        rows.append([study.job.name, *cells, verdict(study)])
     stops = [study.stop for study in studies if study.stop]
     if len(stops) == len(studies):
-        total = [f"{sum(e.hours for e in stops):.2f}", f"{sum(e.gpu_hours for e in stops):,.1f}"]
+        total = [_hours(sum(e.hours for e in stops)), f"{sum(e.gpu_hours for e in stops):,.1f}"]
         rows.append(["the run", "", *total, "every stage as a job of its own size, one after the other"])
     title = "Where it stops paying (estimated): doubling pays while it is at least 1.33 times as fast"
     return Table(title, [" stage", "GPUs", "hours", "GPU-hours", " why"], rows)
@@ -217,5 +211,5 @@ def study_as_dict(study: StageStudy, hardware: Hardware) -> dict[str, Any]:
         "gpus": {str(gpus): one(best) for gpus, best in study.found.items()},
         "fewest": one(study.least),
         "stops_paying_at": one(study.stop),
-        "verdict": verdict(study, hardware),
+        "verdict": verdict(study),
     }

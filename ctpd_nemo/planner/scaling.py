@@ -33,6 +33,12 @@ class StageStudy:
     stop: Estimate | None
     beyond: Estimate | None
 
+    @property
+    def cheapest(self) -> float:
+        """The fewest GPU-hours of all numbers of GPUs that were looked at."""
+        looked_at = [*self.found.values(), self.least, self.stop]
+        return min((one.gpu_hours for one in looked_at if one is not None), default=0.0)
+
 
 class Study:
     """The best layouts of jobs on numbers of GPUs; stages that cost the same are searched once."""
@@ -104,7 +110,7 @@ def _waiting(found: Estimate) -> str:
     return f"waiting for the longest pairs: {found.job.pairs} a step over {ranks} ranks"
 
 
-def verdict(study: StageStudy, hardware: Hardware) -> str:
+def verdict(study: StageStudy) -> str:
     """Where a stage stops paying, and why, in a sentence or two."""
     if study.least is None or study.stop is None:
         return "fits on no number of GPUs that was tried"

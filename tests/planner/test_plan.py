@@ -94,6 +94,7 @@ def test_local_attention_costs_more_memory_and_operations() -> None:
         ("gpus=0", "gpus"),
         ("layout=worst", "layout"),
         ("attention=flash", "attention"),
+        ("precision=fp8_current attention=local", "attention"),
         ("+hardware.colour=1", "hardware.colour"),
         ("hardware.matmul_fraction=2", "hardware.matmul_fraction"),
         ("workload.pairs=0", "workload.pairs"),
@@ -106,7 +107,7 @@ def test_local_attention_costs_more_memory_and_operations() -> None:
 )
 def test_bad_input_is_refused_by_name(override: str, place: str) -> None:
     with pytest.raises(InputError) as error:
-        plan(composed(SMALL, override))
+        plan(composed(SMALL, *override.split()))
     assert error.value.place == place
     assert "\n" not in str(error.value)
 
