@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.packing import pack, pack_padded, round_up, split_by_rank, whole_multiple
+from ctpd_nemo.data.balance import even_out, split_by_rank
+from ctpd_nemo.data.cost import SequenceCost
+from ctpd_nemo.data.packing import pack, pack_padded, round_up, whole_multiple
 from ctpd_nemo.planner.shapes import shape_of
 from ctpd_nemo.planner.workload import Lengths
 
@@ -34,7 +36,7 @@ class Cut:
         other: The side whose microbatches hold the same pairs, where there is one.
         attention: "fused" computes what tokens see; "local" pads sequences to the longest of the microbatch, and
             computes all of it.
-        window: Tokens that each token sees at most, itself included.
+        cost: What sequences cost, as the loader counts it to share them out; its window is what tokens see.
         context: Context-parallel size.
     """
 
@@ -48,7 +50,7 @@ class Cut:
     padding: str = "packed"
     other: str | None = None
     attention: str = "fused"
-    window: int | None = None
+    cost: SequenceCost = field(default_factory=SequenceCost)
     context: int = 1
 
     @property
@@ -107,21 +109,27 @@ def _groups_of_step(
     lengths: Lengths, cut: Cut, sides: Sequence[str], rows: NDArray[np.int64]
 ) -> list[list[NDArray[np.int64]]]:
     """Rows of every microbatch of every rank that has any."""
-    # The loader shares pairs out by the bytes of both sequences, whatever is trained on.
-    both = _sequences(lengths, cut.side, ("chosen", "rejected"), rows).sum(axis=1)
-    ranks = split_by_rank(both, min(cut.ranks, cut.pairs))
+    ranks = split_by_rank(*_costs(lengths, cut, rows), min(cut.ranks, cut.pairs))
     found = []
     for share in ranks:
         own = rows[share]
         tokens_SPR = np.stack([_sequences(lengths, side, cut.responses, own) for side in sides])
         tokens_SPR = -(-tokens_SPR // cut.sequence_multiple) * cut.sequence_multiple
         if cut.padding == "packed":
-            members = pack(tokens_SPR.sum(axis=2).max(axis=0), cut.budget)
+            tokens_P = tokens_SPR.sum(axis=2).max(axis=0)
+            members = even_out(pack(tokens_P, cut.budget), *_costs(lengths, cut, own), tokens_P, cut.budget)
         else:
             longest = [round_up(int(length), cut.whole_multiple) for length in tokens_SPR.max(axis=(0, 2))]
             members = pack_padded(np.multiply(longest, len(cut.responses)), cut.budget)
         found.append([own[member] for member in members])
     return found
+
+
+def _costs(lengths: Lengths, cut: Cut, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cost of each pair and of which the attention, as the loader counts them."""
+    tokens_PR = _sequences(lengths, cut.side, cut.responses, rows)
+    responses_PR = np.stack([getattr(lengths.sides[cut.side], name)[rows] for name in cut.responses], axis=1)
+    return cut.cost.of(tokens_PR, responses_PR).sum(axis=1), cut.cost.query_key_pairs(tokens_PR).sum(axis=1)
 
 
 def _load(lengths: Lengths, cut: Cut, side: str, groups: list[list[list[NDArray[np.int64]]]]) -> Load:
@@ -138,7 +146,7 @@ def _load(lengths: Lengths, cut: Cut, side: str, groups: list[list[list[NDArray[
                     sequences = np.full_like(sequences, round_up(int(sequences.max()), cut.whole_multiple))
                 targets = sum(int(getattr(lengths.sides[side], name)[rows].sum()) for name in cut.responses)
                 shape = shape_of(
-                    sequences.tolist(), targets, cut.attention, cut.window, cut.whole_multiple, cut.context
+                    sequences.tolist(), targets, cut.attention, cut.cost.window, cut.whole_multiple, cut.context
                 )
                 for name in ("tokens", "targets", "attended", "scored"):
                     getattr(load, name)[k, r, m] = getattr(shape, name)

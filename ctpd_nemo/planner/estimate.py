@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.cost import sequence_cost
 from ctpd_nemo.models.gpt import transformer_config
 from ctpd_nemo.planner.architecture import NamedArchitecture
 from ctpd_nemo.planner.batches import STEPS, Cut, Load, cut_batches
@@ -215,7 +216,7 @@ def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
         padding=job.padding,
         other=other,
         attention=job.attention,
-        window=job.models[0].architecture.sliding_window,
+        cost=sequence_cost(job.models[0].architecture),
         context=layout.parallel.context,
     )
     return cut_batches(lengths, cut, _SHARDS if scoring else STEPS)
