@@ -164,7 +164,8 @@ def _fused_layer(architecture: Architecture, numerics: Numerics, w: _Widths) -> 
         attention_inputs=w.tokens * (w.queries + 2 * w.keys) * element,
         before_mlp=norm + qk_norm + output + copied,
         mlp=norm + w.tokens * (2 * w.ffn * element + w.ffn * kept),
-        work=stream + gathered + whole + 3 * w.tokens * w.ffn * element,
+        # Gradients of gate and up and of their product, of the layer's input, and of the largest weight.
+        work=stream + gathered + whole + (3 * w.tokens + 2 * w.hidden) * w.ffn * element,
         forward_work=3 * stream + whole + 3 * w.tokens * w.ffn * element,
         output=stream,
         gathered=gathered,

@@ -39,7 +39,7 @@ class Estimate:
         busy_ranks: Data-parallel ranks that have pairs.
         model_flops: Operations of a step that the mathematics needs, all models, all ranks.
         hardware_flops: Operations of a step that run.
-        traffic: What one rank of the last pipeline stage sends in a step, mean over steps, and the size of each group.
+        traffic: What one rank of the last pipeline stage sends in a mean step.
     """
 
     job: Job

@@ -159,6 +159,10 @@ def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str,
     models = OmegaConf.merge(config.model, own.get("model") or {})
     paths = {side: OmegaConf.select(models, f"{side}.path") for side in ("student", "teacher")}
     sides = {side: find_architecture(path, f"model.{side}") for side, path in paths.items() if path}
+    for model in sides.values():
+        longest = model.architecture.max_position_embeddings
+        if run.data.max_length > longest:
+            raise InputError("data.max_length", str(run.data.max_length), f"at most {model.name}'s {longest} positions")
     if isinstance(run.method, ScoreConfig):
         return _scoring_job(run, stage.name, _side(sides, "teacher"))
     method = METHODS[run.method.name]

@@ -171,9 +171,7 @@ def _passing(
     ending = head.saved
     if last:
         ending += final_norm_bytes(architecture, parallel, numerics, request.shape, request.attention)
-    # All of a step together have no more tokens than the step; those that fill up a group are as large as the smallest.
-    fullness = min(1.0, request.step_tokens / request.shape.tokens / request.microbatches)
-    in_air = max(1.0, sum(in_flight(parallel, stage, request.microbatches)) * fullness)
+    in_air = _in_air(request, parallel, stage)
     kept = in_air * chunk_layers(architecture, parallel) * _kept_of_layer(layer, parallel.recompute)
     again = kept + _recomputed(layer, parallel.recompute, numerics)
     sent = 0.0 if parallel.pipeline == 1 or (last and not parallel.virtual_pipeline) else in_air * layer.output
@@ -185,6 +183,20 @@ def _passing(
         # A layer that is made again stands beside what comes out of it.
         "passing": sent + max(kept + ending + layer.gathered + head.work, again + layer.output + layer.work),
     }
+
+
+def _in_air(request: Request, parallel: ParallelConfig, stage: int) -> float:
+    """Full microbatches that chunks of a stage hold at the worst moment, as much as several that are not full.
+
+    All of a step have no more tokens than the step. Those that only fill up a group of an interleaved schedule are as
+    large as the smallest (``models.forward``), which is at most the mean.
+    """
+    step = request.step_tokens / request.shape.tokens
+    total = 0.0
+    for held in in_flight(parallel, stage, request.microbatches):
+        real = min(held, request.microbatches)
+        total += min(real, max(1.0, step)) + (held - real) * min(1.0, step / request.microbatches)
+    return total
 
 
 def _kept_of_layer(layer: LayerBytes, recompute: str) -> float:

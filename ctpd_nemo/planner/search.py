@@ -1,6 +1,6 @@
 """The best layout for a number of GPUs: the one that is done first, of those that divide and fit."""
 
-import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -47,9 +47,9 @@ def fitting_layouts(job: Job, gpus: int, hardware: Hardware) -> Iterator[Layout]
 
 def _shapes(job: Job, gpus: int, hardware: Hardware) -> Iterator[ParallelConfig]:
     """Sizes of groups: tensor parallelism within a node, sequence parallelism wherever there is some."""
-    layers = functools.reduce(_common_divisor, (model.architecture.num_layers for model in job.models))
+    layers = math.gcd(*(model.architecture.num_layers for model in job.models))
     for tensor in (size for size in _TENSOR if size <= hardware.gpus_per_node and gpus % size == 0):
-        for context in (size for size in _CONTEXT if _context_allowed(size) and gpus % (tensor * size) == 0):
+        for context in (size for size in _CONTEXT if gpus % (tensor * size) == 0):
             for pipeline in _divisors(layers):
                 if gpus % (tensor * context * pipeline):
                     continue
@@ -76,15 +76,6 @@ def _with_overlap(parallel: ParallelConfig, gpus: int) -> ParallelConfig:
     return replace(parallel, distributed_optimizer=True, overlap_grad_reduce=shared, overlap_param_gather=shared)
 
 
-@functools.cache
-def _context_allowed(size: int) -> bool:
-    try:
-        ParallelConfig(context=size).check(size)
-    except InputError:
-        return False
-    return True
-
-
 def _budgets(job: Job, parallel: ParallelConfig, gpus: int) -> list[int]:
     """Budgets worth a look: none beyond what a rank can have in a step."""
     layout = Layout(gpus, replace(parallel, overlap_tensor=False), 1)
@@ -97,12 +88,6 @@ def _budgets(job: Job, parallel: ParallelConfig, gpus: int) -> list[int]:
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _common_divisor(one: int, other: int) -> int:
-    while other:
-        one, other = other, one % other
-    return one
 
 
 def given_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> Estimate:

@@ -26,6 +26,7 @@ NAMES = {
     2: (
         "TP2, wide, selective",
         "TP2 SP, full, bf16",
+        "TP2 SP, query and key norms, bf16",
         "PP2, tied, frozen",
         "PP2 of 2 virtual stages",
         "CP2, selective, bf16",
@@ -35,7 +36,7 @@ NAMES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(NAMES))
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """A row for every case and rank; the cases of as many processes share one job."""
     cases = [case for case in BENCHMARK.CASES[request.param] if case["name"] in NAMES[request.param]]
