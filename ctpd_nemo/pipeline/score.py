@@ -46,6 +46,8 @@ def score(run: RunConfig) -> Path:
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
     method.check()
+    if run.parallel.overlap_tensor:
+        raise InputError("parallel.overlap_tensor", "true", "false: microbatches are as large as fit when scoring")
     cache, folders = Path(str(method.cache)), method.folders()
     data = RunData(run, ("chosen", "rejected"), two_sided=run.policy == "student")
     multiples = data.batching.pad_to_multiple, data.batching.sequence_multiple
