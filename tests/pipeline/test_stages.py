@@ -301,7 +301,6 @@ def test_scoring_that_was_cut_off_writes_the_missing_shards_alone(finished: Fini
     assert {name for name, file in after.items() if before.get(name) != file} == {
         "manifest.json",
         "reference-00002.parquet",
-        "positive-00002.parquet",
         "negative-00002.parquet",
     }
     assert scores(tmp_path / "run") == scores(finished.run_dir)
