@@ -117,7 +117,7 @@ def memory(job: Job, layout: Layout) -> list[StageMemory]:
         shape=shape,
         microbatches=max(1, -(-step_tokens // tokens)),
         step_tokens=step_tokens,
-        frozen=tuple(_frozen(frozen, job, shape) for frozen in job.frozen),
+        frozen=tuple(_frozen(frozen, job, layout, shape) for frozen in job.frozen),
         attention=job.attention,
     )
     return job_memory(request, layout.parallel, _numerics(job, job.models[0]), layout.replicas)
@@ -127,9 +127,9 @@ def _numerics(job: Job, model: NamedArchitecture, frozen: bool = False) -> Numer
     return numerics_of(job.precision, model.architecture, frozen)
 
 
-def _frozen(frozen: FrozenModels, job: Job, shape: Shape) -> Frozen:
-    architecture = frozen.model.architecture
-    return Frozen(architecture, frozen.count, shape, _numerics(job, frozen.model, frozen=True))
+def _frozen(frozen: FrozenModels, job: Job, layout: Layout, shape: Shape) -> Frozen:
+    held = frozen.count if layout.held is None else layout.held
+    return Frozen(frozen.model.architecture, held, shape, _numerics(job, frozen.model, frozen=True))
 
 
 def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> Estimate:

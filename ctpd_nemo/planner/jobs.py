@@ -25,11 +25,13 @@ class Layout:
         gpus: Processes of the job.
         parallel: Sizes within it.
         microbatch_tokens: Most tokens of a microbatch.
+        held: Models that a scoring job holds at once, one pass over the data for each such group; ``None`` for all.
     """
 
     gpus: int
     parallel: ParallelConfig
     microbatch_tokens: int
+    held: int | None = None
 
     @property
     def data_ranks(self) -> int:
@@ -64,6 +66,8 @@ class Layout:
             words.append("sequence, overlapped" if p.overlap_tensor else "sequence")
         if p.recompute != "none":
             words.append(f"recompute {p.recompute}")
+        if self.held is not None:
+            words.append(f"{self.held} of the models at a time")
         return ", ".join(words) + f", {self.microbatch_tokens} tokens"
 
 
@@ -96,6 +100,9 @@ class Job:
         parallel: The layout that the experiment names.
         microbatch_tokens: Likewise.
         attention: "fused" (Transformer Engine) or "local".
+        together: Whether a scoring job must hold all its models at once, or one; ``None``: as many as fit.
+        largest_budget: Whether a scoring job finds the token budget itself: the most that fit, from
+            ``microbatch_tokens`` on.
     """
 
     name: str
@@ -113,6 +120,8 @@ class Job:
     parallel: ParallelConfig
     microbatch_tokens: int
     attention: str
+    together: bool | None = True
+    largest_budget: bool = False
 
     @property
     def models(self) -> list[NamedArchitecture]:
@@ -188,13 +197,20 @@ def _side(sides: Mapping[str, NamedArchitecture], side: str) -> NamedArchitectur
 
 
 def _scoring_job(run: RunConfig, name: str, model: NamedArchitecture) -> Job:
-    return Job(
+    method = run.method
+    job = Job(
         model=None,
-        frozen=(FrozenModels(model, len(run.method.folders()), "teacher"),),
+        frozen=(FrozenModels(model, len(method.folders()), "teacher"),),
         side="teacher",
         responses=("chosen", "rejected"),
-        pairs=run.method.pairs_per_shard,
+        pairs=method.pairs_per_shard,
         **_common(run, name),
+    )
+    return replace(
+        job,
+        microbatch_tokens=method.microbatch_tokens or run.data.microbatch_tokens,
+        together=method.together,
+        largest_budget=method.microbatch_tokens is None,
     )
 
 

@@ -180,6 +180,7 @@ def estimate_as_dict(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:
         "parallel": dataclasses.asdict(estimate.layout.parallel),
         "data_parallel": estimate.layout.data_ranks,
         "microbatch_tokens": estimate.layout.microbatch_tokens,
+        "models_held": estimate.layout.held,
         "memory_bytes": [dataclasses.asdict(stage) | {"peak": stage.peak} for stage in estimate.stages],
         "model_flops_per_step": estimate.model_flops,
         "hardware_flops_per_step": estimate.hardware_flops,

@@ -1,5 +1,6 @@
 """The best layout for a number of GPUs: the one that is done first, of those that divide and fit."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,13 +37,25 @@ def fitting_layouts(job: Job, gpus: int, hardware: Hardware) -> Iterator[Layout]
     """Every layout that divides and fits, each with the least recomputation that makes it fit."""
     for shape in _shapes(job, gpus, hardware):
         for budget in _budgets(job, shape, gpus):
-            for recompute in _RECOMPUTE if job.model else _RECOMPUTE[:1]:
-                layout = Layout(gpus, replace(shape, recompute=recompute), budget)
-                if not checked(job, layout):
-                    break
-                if fits(memory(job, layout), hardware):
-                    yield layout
-                    break
+            layout = Layout(gpus, shape, budget)
+            if checked(job, layout):
+                fitting = (one for one in _tighter_and_tighter(job, layout) if fits(memory(job, one), hardware))
+                yield from itertools.islice(fitting, 1)
+
+
+def _tighter_and_tighter(job: Job, layout: Layout) -> Iterator[Layout]:
+    """The same layout with more and more recomputation; in a scoring job with fewer and fewer models at once."""
+    if job.model is not None:
+        for recompute in _RECOMPUTE:
+            yield replace(layout, parallel=replace(layout.parallel, recompute=recompute))
+        return
+    plain = replace(layout, parallel=replace(layout.parallel, recompute="none"))
+    if job.together is not False:
+        yield plain
+    if not job.together:
+        most = sum(frozen.count for frozen in job.frozen) - 1 if job.together is None else 1
+        for held in range(most, 0, -1):
+            yield replace(plain, held=held)
 
 
 def _shapes(job: Job, gpus: int, hardware: Hardware) -> Iterator[ParallelConfig]:
@@ -99,6 +112,8 @@ def given_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> E
     layout = job.given_layout(gpus)
     try:
         check_layout(job, layout)
+        if job.model is None:
+            layout = _as_scored(job, layout, hardware)
     except InputError as error:
         expected = f"{error.expected}; {what_fits(job, gpus, hardware, lengths)}"
         raise InputError(f"stage {job.name}, {error.place}", error.found, expected) from error
@@ -109,6 +124,19 @@ def given_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> E
         room = f"at most the {hardware.usable_bytes / GIB:.1f} GiB that {hardware.name} leaves"
         raise InputError(place, need, f"{room}; {what_fits(job, gpus, hardware, lengths)}")
     return found
+
+
+def _as_scored(job: Job, layout: Layout, hardware: Hardware) -> Layout:
+    """What a scoring job makes of its layout: as many models at once as fit, and then the largest budget that does."""
+    ways = list(_tighter_and_tighter(job, layout))
+    layout = next((one for one in ways if fits(memory(job, one), hardware)), ways[-1])
+    most = job.pairs * len(job.responses) * job.max_length
+    while job.largest_budget and 2 * layout.microbatch_tokens <= most:
+        doubled = replace(layout, microbatch_tokens=2 * layout.microbatch_tokens)
+        if not fits(memory(job, doubled), hardware):
+            break
+        layout = doubled
+    return layout
 
 
 def what_fits(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> str:

@@ -105,6 +105,21 @@ def test_a_frozen_reference_takes_its_weights(small: Jobs, h100: Hardware) -> No
     assert memory(small["score"], layout)[0].frozen == pytest.approx(3 * weights, rel=1e-3)
 
 
+def test_scoring_holds_as_many_models_as_fit_and_then_the_most_tokens(lengths: Lengths, h100: Hardware) -> None:
+    four = "stages.score.parallel={tensor: 4, sequence: true}"
+    apart = given_layout(jobs_of(LARGE, four)["score"], 4, h100, lengths)
+    # 145 GB of bf16 weights a model: on 4 GPUs one of them fits, three do not.
+    assert apart.layout.held == 1
+    assert apart.layout.microbatch_tokens > 4096
+    assert apart.peak_bytes <= h100.usable_bytes < apart.peak_bytes + 2 * 145e9 / 4
+    assert given_layout(jobs_of(LARGE)["score"], 8, h100, lengths).layout.held is None
+    all_at_once = jobs_of(LARGE, four, "++stages.score.method={name: score, together: true}")["score"]
+    with pytest.raises(InputError, match="what fits: 6 GPUs|what fits: 8 GPUs"):
+        given_layout(all_at_once, 4, h100, lengths)
+    of_its_own = jobs_of(LARGE, "++stages.score.method={name: score, microbatch_tokens: 8192}")["score"]
+    assert given_layout(of_its_own, 8, h100, lengths).layout.microbatch_tokens == 8192
+
+
 def test_online_teachers_stand_beside_the_student_and_the_cache_spares_them(h100: Hardware, lengths: Lengths) -> None:
     online = "++stages.ctpd.method={name: ctpd, reference: online, positive: a, negative: b}"
     cached, beside = jobs_of(SMALL)["ctpd"], jobs_of(SMALL, online)["ctpd"]
