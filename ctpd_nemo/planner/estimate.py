@@ -40,6 +40,7 @@ class Estimate:
         model_flops: Operations of a step that the mathematics needs, all models, all ranks.
         hardware_flops: Operations of a step that run.
         traffic: What one rank of the last pipeline stage sends in a mean step.
+        start_seconds: Before the first step: the job starts, and every replica reads its weights.
     """
 
     job: Job
@@ -53,6 +54,7 @@ class Estimate:
     model_flops: float
     hardware_flops: float
     traffic: list[Traffic]
+    start_seconds: float
 
     @property
     def step_seconds(self) -> float:
@@ -61,8 +63,8 @@ class Estimate:
 
     @property
     def hours(self) -> float:
-        """Of the whole job, loading and saving left out."""
-        return self.steps * self.step_seconds / 3600
+        """Of the whole job; what it writes is left out."""
+        return (self.start_seconds + self.steps * self.step_seconds) / 3600
 
     @property
     def gpu_hours(self) -> float:
@@ -156,6 +158,7 @@ def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> 
         microbatches=microbatches,
         busy_ranks=float((load.counts > 0).sum(axis=1).mean()),
         traffic=_traffic(job, layout, loads),
+        start_seconds=_start_seconds(job, layout, hardware),
         **_flops(job, layout, loads),
     )
 
@@ -184,8 +187,18 @@ def _estimate_scoring(
         microbatches=float(loads[-1].counts.mean()),
         busy_ranks=replicas,
         traffic=_traffic(job, layout, loads),
+        start_seconds=_start_seconds(job, layout, hardware),
         **{name: value * replicas for name, value in flops.items()},
     )
+
+
+def _start_seconds(job: Job, layout: Layout, hardware: Hardware) -> float:
+    """Every GPU reads its share of every model once, together with the others of its node."""
+    models = ([job.model] if job.model else []) + [one.model for one in job.frozen for _ in range(one.count)]
+    shares = layout.parallel.tensor * layout.parallel.pipeline
+    weights = sum(model.parameters * _numerics(job, model).element_bytes / shares for model in models)
+    gpus = min(layout.gpus, hardware.gpus_per_node)
+    return hardware.start_s + weights * gpus / (hardware.read_gb_per_s * 1e9)
 
 
 def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Hardware, load: Load, ranks: int) -> Parts:

@@ -28,6 +28,8 @@ class Hardware:
         latency_us: What a collective takes beyond its bytes, in microseconds (assumption).
         layer_us: What the kernels of one layer take beyond their work, forward, in microseconds (assumption).
         step_ms: What a step takes beyond its microbatches and collectives, in milliseconds (assumption).
+        start_s: What a job takes before it reads weights, in seconds (assumption).
+        read_gb_per_s: What a node reads of weights from storage, in 1e9 bytes a second (assumption).
         reserved_gib: CUDA context, libraries and communication buffers (assumption).
         headroom: Share of the memory that stays free, for what the allocator cannot use (assumption).
     """
@@ -48,6 +50,8 @@ class Hardware:
     latency_us: float = 0.0
     layer_us: float = 0.0
     step_ms: float = 0.0
+    start_s: float = 0.0
+    read_gb_per_s: float = 0.0
     reserved_gib: float = 0.0
     headroom: float = 0.0
 
@@ -57,7 +61,9 @@ class Hardware:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            if value < 0 or (value == 0 and not field.name.endswith(("_us", "_ms", "reserved_gib", "headroom"))):
+            if value < 0 or (
+                value == 0 and not field.name.endswith(("_us", "_ms", "start_s", "reserved_gib", "headroom"))
+            ):
                 raise InputError(f"hardware.{field.name}", str(value), "a positive number")
             if (field.name.endswith("fraction") and value > 1) or (field.name == "headroom" and value >= 1):
                 raise InputError(f"hardware.{field.name}", str(value), "a share of at most 1")

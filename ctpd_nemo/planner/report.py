@@ -159,9 +159,10 @@ def assumptions(hardware: Hardware, lengths_source: str) -> list[str]:
         f"and network {h.network_gb_per_s:g} GB/s one way a GPU, {h.gpus_per_node} GPUs a node.",
         f"Assumed reached: {h.matmul_fraction:.0%} of the matrix rate ({h.attention_fraction:.0%} in attention), "
         f"{h.memory_fraction:.0%} of the memory's, {h.link_fraction:.0%} of the links'; {h.layer_us:g} us a layer, "
-        f"{h.latency_us:g} us a collective and {h.step_ms:g} ms a step on top.",
+        f"{h.latency_us:g} us a collective and {h.step_ms:g} ms a step on top; {h.start_s:g} s to start a job, whose "
+        f"weights are read at {h.read_gb_per_s:g} GB/s a node.",
         f"Assumed taken: {h.reserved_gib:g} GiB by CUDA and NCCL, {h.headroom:.0%} by fragmentation.",
-        "Left out: reading weights, checkpoints, exports, validation, failures.",
+        "Left out: checkpoints, exports, validation, failures.",
     ]
 
 
@@ -192,6 +193,7 @@ def estimate_as_dict(estimate: Estimate, hardware: Hardware) -> dict[str, Any]:
         "busy_data_ranks": estimate.busy_ranks,
         "tokens_per_step": estimate.step_tokens,
         "steps": estimate.steps,
+        "start_seconds": estimate.start_seconds,
         "step_seconds": estimate.step_seconds,
         "step_shares": estimate.parts.shares(),
         "tokens_per_second": estimate.tokens_per_second,

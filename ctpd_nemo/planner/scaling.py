@@ -78,7 +78,8 @@ class Study:
 
 def reasons(found: Estimate) -> list[str]:
     """What the time goes to beside the model's own operations, largest share first, in words with their numbers."""
-    shares = found.parts.shares()
+    start = found.start_seconds / (3600 * found.hours)
+    shares = {name: (1 - start) * share for name, share in found.parts.shares().items()} | {"start": start}
     wasted = sorted((name for name in shares if name != "compute"), key=lambda name: -shares[name])
     return [f"{shares[name]:.0%} {_word(name, found)}" for name in wasted if shares[name] >= _WORTH_A_WORD]
 
@@ -96,6 +97,7 @@ def _word(name: str, found: Estimate) -> str:
         "waiting": _waiting(found),
         "data": f"gradients and weights over {found.layout.replicas} GPUs that hold the same",
         "update": "the optimizer",
+        "start": "starting and reading weights",
         "fixed": f"fixed cost of a step of {pairs} pairs",
     }
     return words[name]

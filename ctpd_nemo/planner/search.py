@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.memory import model_passes
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.estimate import Estimate, check_layout, checked, estimate, fits, memory
 from ctpd_nemo.planner.hardware import GIB, Hardware
@@ -39,23 +40,24 @@ def fitting_layouts(job: Job, gpus: int, hardware: Hardware) -> Iterator[Layout]
         for budget in _budgets(job, shape, gpus):
             layout = Layout(gpus, shape, budget)
             if checked(job, layout):
-                fitting = (one for one in _tighter_and_tighter(job, layout) if fits(memory(job, one), hardware))
+                fitting = (one for one in _ways(job, layout, hardware) if fits(memory(job, one), hardware))
                 yield from itertools.islice(fitting, 1)
 
 
-def _tighter_and_tighter(job: Job, layout: Layout) -> Iterator[Layout]:
-    """The same layout with more and more recomputation; in a scoring job with fewer and fewer models at once."""
-    if job.model is not None:
-        for recompute in _RECOMPUTE:
-            yield replace(layout, parallel=replace(layout.parallel, recompute=recompute))
-        return
-    plain = replace(layout, parallel=replace(layout.parallel, recompute="none"))
-    if job.together is not False:
-        yield plain
-    if not job.together:
-        most = sum(frozen.count for frozen in job.frozen) - 1 if job.together is None else 1
-        for held in range(most, 0, -1):
-            yield replace(plain, held=held)
+def _ways(job: Job, layout: Layout, hardware: Hardware) -> list[Layout]:
+    """The same layout with more and more recomputation; for scoring, with as many models at once as the job holds."""
+    if job.model is None:
+        return [replace(layout, held=_held(job, layout, hardware))]
+    return [replace(layout, parallel=replace(layout.parallel, recompute=recompute)) for recompute in _RECOMPUTE]
+
+
+def _held(job: Job, layout: Layout, hardware: Hardware) -> int | None:
+    """How many models a scoring job holds at once, by the rule of the job itself; ``None`` for all."""
+    one = max(stage.frozen for stage in memory(job, replace(layout, held=1)))
+    count = sum(frozen.count for frozen in job.frozen)
+    free = int((hardware.memory_gib - hardware.reserved_gib) * GIB)
+    most = max(len(models) for models in model_passes([int(one)] * count, free, job.together))
+    return None if most == count else most
 
 
 def _shapes(job: Job, gpus: int, hardware: Hardware) -> Iterator[ParallelConfig]:
@@ -127,9 +129,8 @@ def given_layout(job: Job, gpus: int, hardware: Hardware, lengths: Lengths) -> E
 
 
 def _as_scored(job: Job, layout: Layout, hardware: Hardware) -> Layout:
-    """What a scoring job makes of its layout: as many models at once as fit, and then the largest budget that does."""
-    ways = list(_tighter_and_tighter(job, layout))
-    layout = next((one for one in ways if fits(memory(job, one), hardware)), ways[-1])
+    """What a scoring job makes of its layout: as many models at once as it takes, and the largest budget that fits."""
+    (layout,) = _ways(job, layout, hardware)
     most = job.pairs * len(job.responses) * job.max_length
     while job.largest_budget and 2 * layout.microbatch_tokens <= most:
         doubled = replace(layout, microbatch_tokens=2 * layout.microbatch_tokens)

@@ -40,4 +40,4 @@ def ideal() -> Hardware:
     rates = dict.fromkeys(("bf16_tflops", "fp8_tflops", "fp32_tflops", "memory_tb_per_s"), 1.0)
     shares = dict.fromkeys(("matmul_fraction", "attention_fraction", "memory_fraction", "link_fraction"), 1.0)
     links = {"nvlink_gb_per_s": 1000.0, "network_gb_per_s": 100.0, "gpus_per_node": 8}
-    return Hardware("ideal", memory_gib=80.0, **rates, **shares, **links)
+    return Hardware("ideal", memory_gib=80.0, read_gb_per_s=1.0, **rates, **shares, **links)
