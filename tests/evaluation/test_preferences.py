@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.pipeline.evaluation import evaluate_folder
+from ctpd_nemo.evaluation.preferences import evaluate_folder
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize
 
@@ -296,6 +296,6 @@ def test_weights_that_are_not_all_there_are_named(world: TinyWorld, tmp_path: Pa
 
 
 def test_importing_the_module_is_light() -> None:
-    code = "import sys, ctpd_nemo.pipeline.evaluation; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import sys, ctpd_nemo.evaluation.preferences; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"

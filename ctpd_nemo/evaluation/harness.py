@@ -1,0 +1,175 @@
+"""The six tasks of the Open LLM Leaderboard through lm-evaluation-harness (the extra ``eval``).
+
+Prompts, choices, metrics and standard errors are the harness's own. With a folder of local rows its tasks read those
+instead of their datasets, and nothing is asked of a network.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.local_rows import Fields, read_local_rows
+
+logger = logging.getLogger(__name__)
+
+_TASKS = Path(__file__).parent / "tasks"
+
+
+def known_tasks() -> list[str]:
+    """Names of the tasks, as files in ``tasks``."""
+    return sorted(path.stem for path in _TASKS.glob("*.yaml"))
+
+
+def run_harness(
+    folder: str | Path,
+    tasks: Sequence[str],
+    *,
+    data: str | Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+    dtype: str = "auto",
+    max_length: int | None = None,
+    seed: int = 1234,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate a Hugging Face folder on benchmarks; no code of the folder is run.
+
+    Args:
+        folder: Model and tokenizer.
+        tasks: Of :func:`known_tasks`.
+        data: Folder of local rows, see ``local_rows``; ``None`` for the harness's own datasets, over the network.
+        num_fewshot: Examples before each question; ``None`` for each task's number on the leaderboard.
+        limit: Only the first so many questions of a task; of each subject for ``mmlu``.
+        batch_size: Sequences a forward pass.
+        device: As ``torch`` names it.
+        dtype: As ``torch`` names it; ``auto`` keeps that of the stored weights.
+        max_length: Longest sequence in tokens; ``None`` for the model's own. Longer ones lose their beginning.
+        seed: Of the choice of examples.
+
+    Returns:
+        For each task ``metric``, ``value``, ``standard_error`` (of the harness; ``None`` where it gives none), ``n``
+        questions, ``num_fewshot``, ``source`` and the harness's ``version``.
+
+    Raises:
+        InputError: The harness is not installed, a task is not known, or rows cannot be used.
+    """
+    lm_eval = _harness()
+    specs = {name: _spec(name, num_fewshot) for name in tasks}
+    # Rows are read before the model: bad ones are to be known at once.
+    asked: dict[str, Any] = {name: _task(spec, data) for name, spec in specs.items()}
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(
+        pretrained=str(folder),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        max_length=max_length,
+        trust_remote_code=False,
+    )
+    found = {}
+    for name, spec in specs.items():
+        logger.info("%-15s %d examples before each question", name, spec["num_fewshot"])
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[asked[name]],
+            num_fewshot=spec["num_fewshot"],
+            limit=limit,
+            fewshot_random_seed=seed,
+            log_samples=False,
+        )
+        found[name] = _result(spec, results, data, lm_eval.__version__)
+    return found
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise InputError("tasks", f"no harness ({error})", "pip install 'ctpd-nemo[eval]', or tasks.names=[]") from error
+    return lm_eval
+
+
+def _spec(name: str, num_fewshot: int | None) -> dict[str, Any]:
+    if name not in known_tasks():
+        raise InputError("tasks.names", repr(name), "of " + ", ".join(known_tasks()))
+    if num_fewshot is not None and num_fewshot < 0:
+        raise InputError("tasks.num_fewshot", str(num_fewshot), "0 or more")
+    spec: Any = OmegaConf.to_container(OmegaConf.load(_TASKS / f"{name}.yaml"))
+    if num_fewshot is not None:
+        spec["num_fewshot"] = num_fewshot
+    return spec
+
+
+def _task(spec: dict[str, Any], data: str | Path | None) -> Any:
+    """What the harness is asked to run: one of its tasks by name, or with its datasets replaced."""
+    if data is None:
+        return spec["task"]
+    rows, examples = read_local_rows(Path(data), spec["file"])
+    place = str(Path(data) / f"{spec['file']}{'' if examples is None else '_fewshot'}.jsonl")
+    if spec["task"] != "mmlu":
+        return _local(spec["task"], rows, examples, spec["num_fewshot"], place)
+    subjects = sorted({row["subject"] for row in rows})
+    members = []
+    for subject in subjects:
+        own = [row for row in rows if row["subject"] == subject]
+        # A subject's few rows are all asked: without a file of examples, those come from other subjects.
+        others = [row for row in (examples or rows) if (row["subject"] == subject) is (examples is not None)]
+        members.append(_local(f"mmlu_{subject}", own, others, spec["num_fewshot"], f"{place}, subject {subject!r}"))
+    return {
+        "group": "mmlu_local",
+        "task": members,
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+
+
+def _local(name: str, rows: list[Fields], examples: list[Fields] | None, shots: int, place: str) -> dict[str, Any]:
+    """The harness's task of that name over our rows."""
+    available = len(rows) - 1 if examples is None else len(examples)
+    if shots > available:
+        raise InputError(place, f"{available} rows for examples", f"{shots} (tasks.num_fewshot)")
+    return {
+        "task": name,
+        "custom_dataset": _dataset(rows, examples),
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+        # The harness leaves the question itself out of examples that are drawn from the split that is asked.
+        "fewshot_split": "test" if examples is None else "fewshot",
+    }
+
+
+def _dataset(rows: list[Fields], examples: list[Fields] | None) -> Callable[..., Any]:
+    def load(**_: Any) -> Any:
+        from datasets import Dataset, DatasetDict
+
+        splits = {"test": rows} if examples is None else {"test": rows, "fewshot": examples}
+        return DatasetDict({name: Dataset.from_list(found) for name, found in splits.items()})
+
+    return load
+
+
+def _result(spec: dict[str, Any], results: Any, data: str | Path | None, version: str) -> dict[str, Any]:
+    name = spec["task"]
+    if data is not None and name == "mmlu":
+        name = "mmlu_local"
+    scores = results["results"][name]
+    metric, _, chosen = spec["metric"].partition(",")
+    error = scores.get(f"{metric}_stderr,{chosen}")
+    counts = results["n-samples"]
+    return {
+        "metric": metric,
+        "value": float(scores[spec["metric"]]),
+        "standard_error": float(error) if isinstance(error, int | float) else None,
+        "n": sum(count["effective"] for count in counts.values()),
+        "num_fewshot": spec["num_fewshot"],
+        "source": "the harness's dataset" if data is None else f"{Path(data).name}/{spec['file']}.jsonl",
+        "version": version,
+    }

@@ -1,0 +1,86 @@
+"""Held-out pairs, read and encoded for the models that are to judge them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ctpd_nemo.errors import InputError
+
+# What needs transformers is imported where it is used: it takes seconds to load.
+if TYPE_CHECKING:
+    from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+    from ctpd_nemo.data.forms import PreferencePair
+
+logger = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """A pair, and what a generated row says beside it."""
+
+    pair: PreferencePair
+    answer: str | None
+    kind: str | None
+    fault: str | None
+
+
+def read_rows(path: Path, limit: int | None) -> list[Row]:
+    from ctpd_nemo.data.files import open_source
+    from ctpd_nemo.data.preferences import open_preferences
+
+    if limit is not None and limit < 1:
+        raise InputError("limit", str(limit), "1 or more")
+    pairs = open_preferences(path)
+    # Every row is a pair, or open_preferences would have stopped: pairs and rows have the same numbers.
+    source = open_source(path, None)
+    rows = []
+    for index in range(len(pairs) if limit is None else min(limit, len(pairs))):
+        fields = source.read(index)
+        extras = [fields.get(name) for name in ("answer", "kind", "fault")]
+        for name, value in zip(("answer", "kind", "fault"), extras, strict=True):
+            if not isinstance(value, str | None):
+                raise InputError(f"{source.place(index)}, field {name!r}", type(value).__name__, "a string, or none")
+        rows.append(Row(pairs[index], *extras))
+    return rows
+
+
+def pair_encoder(folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool) -> PairEncoder:
+    from transformers import AutoTokenizer
+
+    from ctpd_nemo.data.encode import PairEncoder
+    from ctpd_nemo.data.templates import Side
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError) as error:
+        raise InputError(str(folder), f"no tokenizer ({error})", "a Hugging Face folder with a tokenizer") from error
+    return PairEncoder(Side(tokenizer, chat_template), None, include_eos, max_length)
+
+
+def encode_rows(
+    rows: list[Row], encoders: Sequence[PairEncoder]
+) -> tuple[list[Row], list[list[EncodedPair]], Counter[str]]:
+    """Encode with each encoder the rows that all of them can encode; the others are counted by reason."""
+    from ctpd_nemo.data.encode import EncodedPair
+
+    kept: list[Row] = []
+    encoded: list[list[EncodedPair]] = [[] for _ in encoders]
+    skipped: Counter[str] = Counter()
+    pairs = [row.pair for row in rows]
+    results = [encoder.encode(range(len(pairs)), pairs) for encoder in encoders]
+    for row, *result in zip(rows, *results, strict=True):
+        fits = [pair for pair in result if isinstance(pair, EncodedPair)]
+        if len(fits) == len(result):
+            kept.append(row)
+            for column, pair in zip(encoded, fits, strict=True):
+                column.append(pair)
+        else:
+            skipped[next(pair.reason for pair in result if not isinstance(pair, EncodedPair))] += 1
+    if not kept:
+        raise InputError("max_length", f"no pair that fits ({dict(skipped)})", "at least one pair to evaluate")
+    if skipped:
+        logger.warning("Left out %d of %d pairs: %s", skipped.total(), len(rows), dict(skipped))
+    return kept, encoded, skipped
