@@ -19,6 +19,7 @@ from ctpd_nemo.evaluation.local_rows import Fields, read_local_rows
 logger = logging.getLogger(__name__)
 
 _TASKS = Path(__file__).parent / "tasks"
+_LOCAL = "local"
 
 
 def known_tasks() -> list[str]:
@@ -93,7 +94,9 @@ def _harness() -> Any:
     try:
         import lm_eval
     except ImportError as error:
-        raise InputError("tasks", f"no harness ({error})", "pip install 'ctpd-nemo[eval]', or tasks.names=[]") from error
+        raise InputError(
+            "tasks", f"no harness ({error})", "pip install 'ctpd-nemo[eval]', or tasks.names=[]"
+        ) from error
     return lm_eval
 
 
@@ -115,7 +118,7 @@ def _task(spec: dict[str, Any], data: str | Path | None) -> Any:
     rows, examples = read_local_rows(Path(data), spec["file"])
     place = str(Path(data) / f"{spec['file']}{'' if examples is None else '_fewshot'}.jsonl")
     if spec["task"] != "mmlu":
-        return _local(spec["task"], rows, examples, spec["num_fewshot"], place)
+        return _group([_local(spec["task"], rows, examples, spec["num_fewshot"], place)])
     subjects = sorted({row["subject"] for row in rows})
     members = []
     for subject in subjects:
@@ -123,11 +126,12 @@ def _task(spec: dict[str, Any], data: str | Path | None) -> Any:
         # A subject's few rows are all asked: without a file of examples, those come from other subjects.
         others = [row for row in (examples or rows) if (row["subject"] == subject) is (examples is not None)]
         members.append(_local(f"mmlu_{subject}", own, others, spec["num_fewshot"], f"{place}, subject {subject!r}"))
-    return {
-        "group": "mmlu_local",
-        "task": members,
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-    }
+    return _group(members) | {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+
+
+def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
+    # Only members of a group inherit from the registered task that they name; by itself it would be a whole config.
+    return {"group": _LOCAL, "task": members}
 
 
 def _local(name: str, rows: list[Fields], examples: list[Fields] | None, shots: int, place: str) -> dict[str, Any]:
@@ -159,7 +163,7 @@ def _dataset(rows: list[Fields], examples: list[Fields] | None) -> Callable[...,
 def _result(spec: dict[str, Any], results: Any, data: str | Path | None, version: str) -> dict[str, Any]:
     name = spec["task"]
     if data is not None and name == "mmlu":
-        name = "mmlu_local"
+        name = _LOCAL
     scores = results["results"][name]
     metric, _, chosen = spec["metric"].partition(",")
     error = scores.get(f"{metric}_stderr,{chosen}")

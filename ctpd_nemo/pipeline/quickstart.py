@@ -11,8 +11,8 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.evaluation.preferences import Evaluation, evaluate_folder
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import build_tiny_world
 

@@ -1,0 +1,253 @@
+"""The model card: README.md of an exported folder in Hugging Face's form.
+
+The metadata is written by ``huggingface_hub``'s ``ModelCardData``, so that no value can break out of its YAML; in the
+body every value stands between backquotes. What is ours stands between two markers: text outside them is the user's
+and is kept, and a README.md without them is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctpd_nemo.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+BEGIN, END = "<!-- ctpd_nemo: begin -->", "<!-- ctpd_nemo: end -->"
+RECORD = "ctpd_nemo.json"
+EVALUATION = "evaluation.json"
+_VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
+_FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
+
+
+def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> bool:
+    """Write or renew ``README.md`` of an exported folder.
+
+    Args:
+        folder: The export.
+        record: What it was made of: ``config`` (of the run), ``fingerprints``, ``student`` and ``teacher``
+            (folders). Kept as ``ctpd_nemo.json`` in the folder; ``None`` reads it from there.
+
+    Returns:
+        Whether the card was written; ``False`` where README.md is a user's own.
+
+    Raises:
+        InputError: The record or ``evaluation.json`` of the folder is no JSON object.
+    """
+    folder = Path(folder)
+    if record is None:
+        record = _read_json(folder / RECORD)
+    else:
+        record = {**_licences(record), **record, "versions": {name: version(name) for name in _VERSIONS}}
+        _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
+    path = folder / "README.md"
+    before, after = "", "\n"
+    own: dict[str, Any] = {}
+    if path.exists():
+        parts = _own_text(path.read_text(encoding="utf-8"))
+        if parts is None:
+            logger.warning("%s has no marks of ours: left as it is", path)
+            return False
+        own, before, after = parts
+    evaluation = _read_json(folder / EVALUATION)
+    front = yaml.safe_dump({**own, **_metadata(folder, record, evaluation)}, sort_keys=False, allow_unicode=False)
+    _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(folder, record, evaluation)}{END}{after}")
+    return True
+
+
+def _own_text(text: str) -> tuple[dict[str, Any], str, str] | None:
+    """The user's metadata, and text before and after our part; ``None`` where the card is not ours."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        return None
+    front = _FRONT.match(text)
+    try:
+        metadata = yaml.safe_load(front.group(1)) if front else {}
+    except yaml.YAMLError:
+        return None
+    if not isinstance(metadata, dict):
+        return None
+    rest = text[front.end() :] if front else text
+    return metadata, rest[: rest.index(BEGIN)], rest[rest.index(END) + len(END) :]
+
+
+def _metadata(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["dataset"],
+            dataset_name=row["dataset"],
+            metric_type=row["metric"],
+            metric_name=row["metric"],
+            metric_value=row["value"],
+        )
+        for row in evaluation_rows(evaluation)
+    ]
+    bases = [Path(str(record[side])).name for side in ("student", "teacher") if record.get(side)]
+    method = _method(record)
+    data = ModelCardData(
+        base_model=[_repository(name) for name in bases] or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license="other",
+        license_name="see-license-of-the-base-models",
+        tags=["ctpd", "preference-distillation", *([_plain(method)] if method != "ctpd" else [])],
+        datasets=None,
+        model_name=_plain(folder.resolve().name),
+        eval_results=results or None,
+    )
+    return data.to_dict()
+
+
+def _method(record: Mapping[str, Any]) -> str:
+    method = (record.get("config") or {}).get("method") or {}
+    return str(method.get("name", "unknown"))
+
+
+def _repository(name: str) -> str:
+    """A name that can stand in ``base_model``: letters, digits, ``-``, ``_`` and ``.``."""
+    return _plain(name).strip("-.") or "unnamed"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:96] or "unnamed"
+
+
+def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of an ``evaluation.json``: ``dataset``, ``metric``, ``value``, ``standard_error`` and ``n`` a row."""
+    rows = []
+    for name, task in (evaluation.get("tasks") or {}).items():
+        rows.append({"dataset": name, **{key: task[key] for key in ("metric", "value", "standard_error", "n")}})
+    pairs = evaluation.get("preferences")
+    if pairs:
+        errors = pairs["standard_errors"]
+        for name, error in errors.items():
+            row = {"metric": name, "value": pairs[name], "standard_error": error, "n": pairs["n"]}
+            rows.append({"dataset": "held-out pairs", **row})
+        if pairs.get("calibration"):
+            found = pairs["calibration"]
+            values = {
+                "expected_calibration_error": (found["expected_calibration_error"], None),
+                "brier_score": (found["brier_score"], found["brier_score_standard_error"]),
+            }
+            for name, (value, error) in values.items():
+                row = {"metric": name, "value": value, "standard_error": error, "n": pairs["n"]}
+                rows.append({"dataset": "held-out pairs", **row})
+        for name, lengths in pairs["lengths"].items():
+            row = {"metric": f"mean_tokens_{name}", "value": lengths["mean"], "n": lengths["n"]}
+            rows.append({"dataset": "held-out pairs", "standard_error": lengths["mean_standard_error"], **row})
+    return rows
+
+
+def _body(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+    config = record.get("config") or {}
+    lines = [f"# {_plain(folder.resolve().name)}", ""]
+    lines += [
+        "A causal language model trained by preference distillation across tokenizers"
+        f" ([CTPD](https://arxiv.org/abs/2601.11865)); method: {_code(_method(record))}.",
+        "",
+        "## Method and hyperparameters",
+        "",
+        *_config_table(config),
+        "",
+        "## Data",
+        "",
+    ]
+    prints = record.get("fingerprints") or {}
+    lines += [f"- {_code(name)}: {_code(value)}" for name, value in prints.items()]
+    lines += [] if prints else ["No fingerprints are known."]
+    lines += ["", "## Evaluation", "", *evaluation_table(evaluation), "", "## Licence", ""]
+    for side in ("student", "teacher"):
+        if record.get(side):
+            stated = (record.get("licences") or {}).get(side)
+            said = (
+                f"its folder states {_code(stated)}" if stated else "its folder states none: to be checked before use"
+            )
+            lines.append(f"- {side} {_code(Path(str(record[side])).name)}: {said}.")
+    lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
+    if config:
+        lines += [f"`python tools/train.py` with the values of `config` in `{RECORD}`, beside this card."]
+    lines += ["", "| package | version |", "|---|---|"]
+    lines += [f"| {name} | {_code(value)} |" for name, value in (record.get("versions") or {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _config_table(config: Mapping[str, Any]) -> list[str]:
+    sections = ("method", "optim", "trainer", "data", "precision", "parallel")
+    rows = [("seed", config["seed"])] if "seed" in config else []
+    for section in sections:
+        rows += [(f"{section}.{key}", value) for key, value in (config.get(section) or {}).items()]
+    if not rows:
+        return ["The config of the run is not known."]
+    return ["| key | value |", "|---|---|", *(f"| {_code(key)} | {_code(value)} |" for key, value in rows)]
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> list[str]:
+    """Lines of a Markdown table of an ``evaluation.json``."""
+    rows = evaluation_rows(evaluation)
+    if not rows:
+        return ["Not evaluated yet: `python tools/evaluate.py folder=...` writes this table."]
+    lines = ["| data | metric | value | standard error | n |", "|---|---|---|---|---|"]
+    for row in rows:
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        lines.append(f"| {row['dataset']} | {row['metric']} | {row['value']:.4f} | {error} | {row['n']} |")
+    return lines
+
+
+def _code(value: Any) -> str:
+    """A value as inline code that no character of it can end: on one line, in ASCII, without backquotes and bars."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = text.encode("unicode_escape").decode("ascii")
+    for character in "`|<>":
+        text = text.replace(character, f"\\x{ord(character):02x}")
+    return f"`{text}`" if text.strip() else "(empty)"
+
+
+def _licences(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"licences": {side: stated_licence(record[side]) for side in ("student", "teacher") if record.get(side)}}
+
+
+def stated_licence(folder: str | Path) -> str | None:
+    """What a model folder says of its licence: in its card's metadata, else the first line of a licence file."""
+    folder = Path(folder)
+    readme = folder / "README.md"
+    if readme.is_file():
+        front = _FRONT.match(readme.read_text(encoding="utf-8", errors="replace"))
+        try:
+            metadata = yaml.safe_load(front.group(1)) if front else None
+        except yaml.YAMLError:
+            metadata = None
+        if isinstance(metadata, dict) and metadata.get("license"):
+            return str(metadata.get("license_name") or metadata["license"])
+    for path in sorted(folder.glob("LICENSE*")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if first := next((line.strip() for line in lines if line.strip()), None):
+            return f"{path.name}: {first[:200]}"
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(str(path), f"no JSON ({error})", "a JSON object") from error
+    if not isinstance(found, dict):
+        raise InputError(str(path), type(found).__name__, "a JSON object")
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    writing = path.with_name(f".{path.name}.writing")
+    writing.write_text(text, encoding="utf-8")
+    writing.replace(path)

@@ -1,0 +1,117 @@
+"""The evaluation job: benchmarks and held-out pairs, ``evaluation.json`` beside the export, and its model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import EVALUATION, write_card
+from ctpd_nemo.evaluation.harness import known_tasks, run_harness
+from ctpd_nemo.evaluation.preferences import evaluate_folder
+
+
+@dataclass
+class TasksConfig:
+    """Benchmarks, see :func:`ctpd_nemo.evaluation.harness.run_harness`.
+
+    Attributes:
+        names: Which; null is all six, an empty list none.
+        data: Folder of local rows; null is the harness's own datasets.
+        num_fewshot: Examples before each question; null is the leaderboard's number of each task.
+        limit: Only the first so many questions.
+        max_length: Longest sequence in tokens; null is the model's own.
+    """
+
+    names: list[str] | None = None
+    data: str | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    max_length: int | None = None
+
+
+@dataclass
+class PairsConfig:
+    """Held-out pairs, see :func:`ctpd_nemo.evaluation.preferences.evaluate_folder`.
+
+    Attributes:
+        file: Preference pairs; null leaves them out.
+        reference: Folder of the model that margins are measured against.
+        beta: Of the implicit reward whose calibration is measured.
+        limit: Only the first so many pairs.
+        generations: Prompts that are answered; null is all where a row has an answer, else a few.
+        max_new_tokens: Longest generated response.
+        max_length: Longest sequence, prompt and response.
+        include_eos: Whether the end of the turn is scored.
+        chat_template: A Jinja template or its path; null is each tokenizer's own.
+    """
+
+    file: str | None = None
+    reference: str | None = None
+    beta: float = 0.1
+    limit: int | None = None
+    generations: int | None = None
+    max_new_tokens: int = 256
+    max_length: int = 2048
+    include_eos: bool = True
+    chat_template: str | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What to evaluate.
+
+    Attributes:
+        folder: The exported Hugging Face folder; ``evaluation.json`` and the card are written there.
+        tasks: Benchmarks.
+        pairs: Held-out pairs.
+        batch_size: Sequences a forward pass.
+        device: As torch names it.
+        dtype: As torch names it; ``auto`` keeps that of the stored weights.
+        seed: Of sampled responses, and of the choice of examples.
+    """
+
+    folder: str | None = None
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "auto"
+    seed: int = 1234
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, and keep what an earlier evaluation of the folder found on other tasks.
+
+    Raises:
+        InputError: A value, folder or file cannot be used.
+    """
+    if not config.folder or not Path(config.folder).is_dir():
+        raise InputError("folder", repr(config.folder), "an exported Hugging Face folder")
+    if config.batch_size < 1:
+        raise InputError("batch_size", str(config.batch_size), "1 or more")
+    folder, common = Path(config.folder), {"device": config.device, "dtype": config.dtype}
+    path = folder / EVALUATION
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if config.pairs.file:
+        pairs = vars(config.pairs).copy()
+        file = pairs.pop("file")
+        scores = evaluate_folder(folder, file, **pairs, **common, batch_size=config.batch_size, sample_seed=config.seed)
+        found["preferences"] = scores.as_dict()
+        _write(path, found)
+    names = known_tasks() if config.tasks.names is None else config.tasks.names
+    if names:
+        tasks = {key: value for key, value in vars(config.tasks).items() if key != "names"}
+        results = run_harness(folder, names, **tasks, **common, batch_size=config.batch_size, seed=config.seed)
+        found["tasks"] = {**found.get("tasks", {}), **results}
+        _write(path, found)
+    write_card(folder)
+    return found
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    writing = path.with_name(f".{path.name}.writing")
+    writing.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    writing.replace(path)
