@@ -33,8 +33,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
 
     Args:
         folder: The export.
-        record: What it was made of: ``config`` (of the run), ``fingerprints``, ``student`` and ``teacher``
-            (folders). Kept as ``ctpd_nemo.json`` in the folder; ``None`` reads it from there.
+        record: What it was made of: ``config`` (of the run), ``fingerprints``, ``policy`` (``student`` or
+            ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder; ``None`` reads it from there.
 
     Returns:
         Whether the card was written; ``False`` where README.md is a user's own.
@@ -169,9 +169,7 @@ def _body(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, Any]
     for side in ("student", "teacher"):
         if record.get(side):
             stated = (record.get("licences") or {}).get(side)
-            said = (
-                f"its folder states {_code(stated)}" if stated else "its folder states none: to be checked before use"
-            )
+            said = f"its folder states {_code(stated)}" if stated else "its folder states none, which must be checked"
             lines.append(f"- {side} {_code(Path(str(record[side])).name)}: {said}.")
     lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
     if config:
@@ -214,6 +212,19 @@ def _code(value: Any) -> str:
 
 def _licences(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"licences": {side: stated_licence(record[side]) for side in ("student", "teacher") if record.get(side)}}
+
+
+def base_model(folder: str | Path) -> Path:
+    """The folder that a chain of exports began with: what a stage trains is often the export of an earlier one."""
+    folder = Path(folder)
+    seen = {folder.resolve()}
+    while policy := (record := _read_json(folder / RECORD)).get("policy"):
+        base = record.get(policy)
+        if not base or Path(base).resolve() in seen:
+            break
+        folder = Path(base)
+        seen.add(folder.resolve())
+    return folder
 
 
 def stated_licence(folder: str | Path) -> str | None:

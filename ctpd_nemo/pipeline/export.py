@@ -1,13 +1,18 @@
 """From a checkpoint to a Hugging Face folder."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import base_model, write_card
+from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 
 
@@ -27,7 +32,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the weights of a checkpoint as a folder that ``transformers`` loads; rank 0 does it, the others wait.
+    """Write the weights of a checkpoint as a folder that ``transformers`` loads, with its model card; rank 0 does it, the others wait.
 
     One process holds one tensor and one shard of the export at a time; the layout of the checkpoint does not matter.
 
@@ -39,9 +44,23 @@ def export(config: ExportConfig) -> Path:
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
         export_hf(folder, reference, CheckpointTensors(checkpoint))
+        write_card(folder, _record(Path(checkpoint), reference))
     if dist.is_initialized():
         dist.barrier()
     return Path(folder)
+
+
+def _record(checkpoint: Path, reference: str) -> dict[str, Any]:
+    """What the card says of a run: the config beside its checkpoints, where it is, and the fingerprints in this one."""
+    path = checkpoint.resolve().parent.parent / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    policy = config.get("policy", "student")
+    bases = {policy: str(base_model(reference))}
+    method = METHODS.get(config.get("method", {}).get("name"))
+    teacher = config.get("model", {}).get("teacher", {}).get("path")
+    if method is not None and method.two_sided and teacher:
+        bases["teacher"] = str(base_model(teacher))
+    return {"config": config, "fingerprints": read_state(checkpoint).fingerprints, "policy": policy, **bases}
 
 
 def _given(config: ExportConfig, key: str) -> str:

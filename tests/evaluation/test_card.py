@@ -1,0 +1,94 @@
+"""The model card, read back by ``huggingface_hub``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from ctpd_nemo.evaluation.card import BEGIN, END, base_model, write_card
+
+HOSTILE = "a: b\n---\n# - [x](javascript:x) `|` <script> <!-- ctpd_nemo: end --> \x07 \u2028 \U0001f642"
+
+
+def record(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    student, teacher = tmp_path / "Llama-3.2-1B", tmp_path / "Qwen2.5-7B"
+    for folder, text in ((student, "---\nlicense: llama3.2\n---\n"), (teacher, "no metadata")):
+        folder.mkdir(exist_ok=True)
+        (folder / "README.md").write_text(text)
+    config = {"seed": 7, "method": {"name": "ctpd", "beta": 0.1}, "optim": {"lr": 1e-6}}
+    return {
+        "config": config,
+        "policy": "student",
+        "student": str(student),
+        "teacher": str(teacher),
+        "fingerprints": {"data": "abc"},
+    } | changes
+
+
+def evaluated(folder: Path) -> None:
+    task = {"metric": "acc_norm", "value": 0.25, "standard_error": 0.01, "n": 10}
+    (folder / "evaluation.json").write_text(json.dumps({"tasks": {"hellaswag": task}}))
+
+
+def test_the_card_is_read_back_with_its_results(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    assert write_card(folder, record(tmp_path))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == ["Llama-3.2-1B", "Qwen2.5-7B"]
+    assert card.data.library_name == "transformers"
+    assert card.data.eval_results is None
+    for part in ("| `optim.lr` | `1e-06` |", "`data`: `abc`", "its folder states `llama3.2`", "must be checked"):
+        assert part in card.text
+    evaluated(folder)
+    assert write_card(folder)
+    card = ModelCard.load(folder / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("hellaswag", "acc_norm", 0.25)
+    assert "| hellaswag | acc_norm | 0.2500 | 0.0100 | 10 |" in card.text
+
+
+def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_card(folder, record(tmp_path))
+    path = folder / "README.md"
+    text = path.read_text().replace("---\n", "---\nlanguage: en\n", 1).replace(BEGIN, f"Mine before.\n{BEGIN}")
+    path.write_text(text.replace(END, f"{END}\nMine after."))
+    evaluated(folder)
+    write_card(folder)
+    once = path.read_text()
+    assert ModelCard.load(path).data.language == "en"
+    assert "Mine before." in once
+    assert once.endswith("Mine after.\n")
+    write_card(folder)
+    assert path.read_text() == once
+
+    path.write_text("# My own card\n")
+    assert not write_card(folder)
+    assert path.read_text() == "# My own card\n"
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE, "", "`", "'\"{}[]&*!%@"])
+def test_hostile_text_breaks_nothing(hostile: str, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    method = {"name": hostile, hostile: hostile}
+    write_card(folder, record(tmp_path, config={"method": method, "seed": hostile}, fingerprints={hostile: hostile}))
+    text = (folder / "README.md").read_text()
+    write_card(folder)
+    assert (folder / "README.md").read_text() == text
+    card = ModelCard(text)
+    assert card.data.base_model == ["Llama-3.2-1B", "Qwen2.5-7B"]
+    assert "<script" not in text
+    assert (text.count(BEGIN), text.count(END)) == (1, 1)
+
+
+def test_the_base_of_a_chain_of_exports_is_its_beginning(tmp_path: Path) -> None:
+    first, second = tmp_path / "sft", tmp_path / "ctpd"
+    for folder, student in ((first, tmp_path / "Llama-3.2-1B"), (second, first)):
+        folder.mkdir()
+        write_card(folder, record(tmp_path, student=str(student)))
+    assert base_model(second) == tmp_path / "Llama-3.2-1B"
