@@ -34,7 +34,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
     Args:
         folder: The export.
         record: What it was made of: ``config`` (of the run), ``fingerprints``, ``policy`` (``student`` or
-            ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder; ``None`` reads it from there.
+            ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder;
+            ``None`` reads it from there.
 
     Returns:
         Whether the card was written; ``False`` where README.md is a user's own.

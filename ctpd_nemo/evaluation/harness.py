@@ -126,7 +126,7 @@ def _task(spec: dict[str, Any], data: str | Path | None) -> Any:
         # A subject's few rows are all asked: without a file of examples, those come from other subjects.
         others = [row for row in (examples or rows) if (row["subject"] == subject) is (examples is not None)]
         members.append(_local(f"mmlu_{subject}", own, others, spec["num_fewshot"], f"{place}, subject {subject!r}"))
-    return _group(members) | {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}]}
+    return _group(members)
 
 
 def _group(members: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,19 +161,32 @@ def _dataset(rows: list[Fields], examples: list[Fields] | None) -> Callable[...,
 
 
 def _result(spec: dict[str, Any], results: Any, data: str | Path | None, version: str) -> dict[str, Any]:
-    name = spec["task"]
-    if data is not None and name == "mmlu":
-        name = _LOCAL
-    scores = results["results"][name]
     metric, _, chosen = spec["metric"].partition(",")
-    error = scores.get(f"{metric}_stderr,{chosen}")
-    counts = results["n-samples"]
+    counts = {name: count["effective"] for name, count in results["n-samples"].items()}
+    if spec["task"] in results["results"]:
+        scores = results["results"][spec["task"]]
+        value, error = scores[spec["metric"]], scores.get(f"{metric}_stderr,{chosen}")
+    else:
+        value, error = _over_subjects(spec["metric"], f"{metric}_stderr,{chosen}", results["results"], counts)
     return {
         "metric": metric,
-        "value": float(scores[spec["metric"]]),
+        "value": float(value),
         "standard_error": float(error) if isinstance(error, int | float) else None,
-        "n": sum(count["effective"] for count in counts.values()),
+        "n": sum(counts.values()),
         "num_fewshot": spec["num_fewshot"],
         "source": "the harness's dataset" if data is None else f"{Path(data).name}/{spec['file']}.jsonl",
         "version": version,
     }
+
+
+def _over_subjects(metric: str, stderr: str, results: Any, counts: dict[str, int]) -> tuple[float, float | None]:
+    """Mean over the questions of all subjects, and the harness's pooled standard error, as in its own group."""
+    from lm_eval.api.metrics import pooled_sample_stderr
+
+    values, sizes = [results[name][metric] for name in counts], list(counts.values())
+    errors = [results[name][stderr] for name in counts]
+    mean = sum(value * n for value, n in zip(values, sizes, strict=True)) / sum(sizes)
+    # A subject of a single question has no standard error.
+    if not all(isinstance(error, int | float) for error in errors):
+        return mean, None
+    return mean, float(pooled_sample_stderr(errors, sizes))

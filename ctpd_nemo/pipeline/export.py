@@ -32,7 +32,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> Path:
-    """Write the weights of a checkpoint as a folder that ``transformers`` loads, with its model card; rank 0 does it, the others wait.
+    """Write a checkpoint as a folder that ``transformers`` loads, with a model card; rank 0 does it, the others wait.
 
     One process holds one tensor and one shard of the export at a time; the layout of the checkpoint does not matter.
 

@@ -1,0 +1,119 @@
+"""The leaderboard's tasks over local rows, against ``transformers`` one choice at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.evaluate import EvaluateConfig, PairsConfig, TasksConfig, evaluate
+from ctpd_nemo.evaluation.harness import run_harness
+from ctpd_nemo.evaluation.local_rows import read_local_rows
+from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
+from tests.pipeline.recipe import small_world
+
+MADE: dict[str, list[dict[str, Any]]] = {
+    "hellaswag": [
+        {"ctx": f"Adding: Somebody adds {n} and 2. they", "endings": ["say so.", f"say {n + 2}.", "go", "sit down."]}
+        | {"label": n % 4}
+        for n in range(10)
+    ],
+    "arc_challenge": [
+        {"question": f"What is {n} and 1?", "choices": [str(n), str(n + 1), "none"], "label": 1} for n in range(4)
+    ],
+    "mmlu": [
+        {"subject": subject, "question": f"Is {n} even?", "choices": ["yes", "no", "both", "neither"], "label": n % 2}
+        for n in range(3)
+        for subject in ("anatomy", "virology")
+    ],
+    "truthfulqa_mc": [
+        {"question": f"Is {n} odd?", "mc2_choices": ["Yes", "It is", "No"], "mc2_labels": [1, 1, 0]} for n in range(3)
+    ],
+    "winogrande": [
+        {"sentence": f"A met {n} Bs because _ was late.", "option1": "A", "option2": "B", "answer": str(1 + n % 2)}
+        for n in range(4)
+    ],
+    "gsm8k": [{"question": f"{n} and 2?", "answer": f"It is {n + 2}.\n#### {n + 2}"} for n in range(3)],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return small_world(tmp_path_factory.mktemp("tiny") / "world")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for name, rows in MADE.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@torch.no_grad()
+def choice_logprob(model: Any, tokenizer: Any, context: str, choice: str) -> float:
+    """log p(choice | context), one sequence in double precision."""
+    whole = tokenizer(context + choice)["input_ids"]
+    start = len(tokenizer(context)["input_ids"])
+    steps = torch.log_softmax(model(torch.tensor([whole])).logits[0], dim=-1)
+    return sum(steps[at - 1, whole[at]].item() for at in range(start, len(whole)))
+
+
+def test_hellaswag_equals_one_choice_at_a_time(world: TinyWorld, data: Path) -> None:
+    pytest.importorskip("lm_eval")
+    tokenizer = AutoTokenizer.from_pretrained(world.student)
+    model = AutoModelForCausalLM.from_pretrained(world.student).double()
+    right = []
+    for row in MADE["hellaswag"]:
+        scores = [choice_logprob(model, tokenizer, row["ctx"], f" {ending}") / len(ending) for ending in row["endings"]]
+        right.append(float(scores.index(max(scores)) == row["label"]))
+    found = run_harness(world.student, ["hellaswag"], data=data, num_fewshot=0)["hellaswag"]
+    assert found["n"] == 10
+    assert found["value"] == pytest.approx(sum(right) / 10)
+    assert found["standard_error"] == pytest.approx(torch.tensor(right).std().item() / 10**0.5)
+
+
+def test_all_tasks_run_on_local_rows_and_land_in_the_card(world: TinyWorld, data: Path) -> None:
+    pytest.importorskip("lm_eval")
+    config = EvaluateConfig(str(world.student), TasksConfig(data=str(data), num_fewshot=1, limit=2))
+    config.pairs = PairsConfig(str(world.test), str(world.teacher), max_new_tokens=8)
+    found = evaluate(config)
+    assert found["tasks"].keys() == {"arc_challenge", "gsm8k", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande"}
+    assert found["tasks"]["mmlu"]["n"] == 4
+    assert json.loads((world.student / "evaluation.json").read_text()) == found
+    card = (world.student / "README.md").read_text()
+    for name in (*found["tasks"], "brier_score", "mean_tokens_sampled"):
+        assert name in card
+    # What a later evaluation does not touch stays.
+    again = evaluate(EvaluateConfig(str(world.student), TasksConfig(["winogrande"], str(data), 0)))
+    assert again["tasks"]["winogrande"]["n"] == 4
+    assert again["tasks"]["gsm8k"] == found["tasks"]["gsm8k"]
+    assert again["preferences"] == found["preferences"]
+
+
+@pytest.mark.parametrize("name", sorted(MADE))
+def test_a_row_of_another_form_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps(MADE[name][0]) + '\n{"question": 1}\n')
+    with pytest.raises(InputError, match=rf"{name}\.jsonl:2: found .*; expected a row of {name}"):
+        read_local_rows(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "mmlu", "truthfulqa_mc", "gsm8k"])
+def test_real_samples_are_read(name: str, shared_dir: Path) -> None:
+    asked, _ = read_local_rows(shared_dir / "eval", name)
+    assert len(asked) == len((shared_dir / "eval" / f"{name}.jsonl").read_text().splitlines())
+
+
+def test_what_cannot_be_run_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    with pytest.raises(InputError, match=r"tasks\.names: found 'humaneval'"):
+        run_harness(tmp_path, ["humaneval"])
+    with pytest.raises(InputError, match=r"winogrande\.jsonl: found no such file"):
+        run_harness(tmp_path, ["winogrande"], data=tmp_path)
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MADE["gsm8k"]))
+    with pytest.raises(InputError, match=r"found 2 rows for examples; expected 5"):
+        run_harness(tmp_path, ["gsm8k"], data=tmp_path)
