@@ -11,7 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
     if record is None:
         record = _read_json(folder / RECORD)
     else:
-        record = {**_licences(record), **record, "versions": {name: version(name) for name in _VERSIONS}}
+        record = {**_licences(record), **record, "versions": {name: _version(name) for name in _VERSIONS}}
         _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
     path = folder / "README.md"
     before, after = "", "\n"
@@ -62,6 +62,14 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
     front = yaml.safe_dump({**own, **_metadata(folder, record, evaluation)}, sort_keys=False, allow_unicode=False)
     _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(folder, record, evaluation)}{END}{after}")
     return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        # A checkout on the path is no installed package.
+        return "not installed"
 
 
 def _own_text(text: str) -> tuple[dict[str, Any], str, str] | None:

@@ -76,6 +76,7 @@ def test_hellaswag_equals_one_choice_at_a_time(world: TinyWorld, data: Path) -> 
     assert found["standard_error"] == pytest.approx(torch.tensor(right).std().item() / 10**0.5)
 
 
+@pytest.mark.slow
 def test_all_tasks_run_on_local_rows_and_land_in_the_card(world: TinyWorld, data: Path) -> None:
     pytest.importorskip("lm_eval")
     config = EvaluateConfig(str(world.student), TasksConfig(data=str(data), num_fewshot=1, limit=2))
