@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,7 +77,11 @@ def done_again(results: dict[str, StageResult]) -> list[str]:
 
 
 def exported(run_dir: Path, stage: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run_dir / stage / "export").iterdir()}
+    # The card and its record name the run's own folders.
+    files = (
+        path for path in (run_dir / stage / "export").iterdir() if path.name not in ("README.md", "ctpd_nemo.json")
+    )
+    return {path.name: path.read_bytes() for path in files}
 
 
 def scores(run_dir: Path) -> dict[str, Any]:
@@ -127,6 +132,13 @@ def test_every_trained_model_loads_in_transformers_and_has_changed(finished: Fin
     trained = dict(model.named_parameters())
     assert all(torch.isfinite(parameter).all() for parameter in trained.values())
     assert not any(torch.equal(trained[name], tensor) for name, tensor in started_from.items() if name in trained)
+
+
+def test_every_export_has_a_card_that_names_the_models_it_began_with(finished: Finished) -> None:
+    for stage, bases in (("ctpd", ["student", "teacher"]), ("dpo_student", ["student"]), ("dpo_negative", ["teacher"])):
+        card = ModelCard.load(finished.results[stage].output / "README.md")
+        assert card.data.base_model == bases, stage
+        assert "`optim.lr`" in card.text
 
 
 def test_the_contrastive_pair_moves_apart_from_the_sft_teacher(finished: Finished) -> None:
