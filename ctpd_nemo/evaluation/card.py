@@ -45,7 +45,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
     """
     folder = Path(folder)
     if record is None:
-        record = _read_json(folder / RECORD)
+        record = read_json(folder / RECORD)
     else:
         record = {**_licences(record), **record, "versions": {name: _version(name) for name in _VERSIONS}}
         _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
@@ -58,7 +58,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
             logger.warning("%s has no marks of ours: left as it is", path)
             return False
         own, before, after = parts
-    evaluation = _read_json(folder / EVALUATION)
+    evaluation = read_json(folder / EVALUATION)
     front = yaml.safe_dump({**own, **_metadata(folder, record, evaluation)}, sort_keys=False, allow_unicode=False)
     _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(folder, record, evaluation)}{END}{after}")
     return True
@@ -227,7 +227,7 @@ def base_model(folder: str | Path) -> Path:
     """The folder that a chain of exports began with: what a stage trains is often the export of an earlier one."""
     folder = Path(folder)
     seen = {folder.resolve()}
-    while policy := (record := _read_json(folder / RECORD)).get("policy"):
+    while policy := (record := read_json(folder / RECORD)).get("policy"):
         base = record.get(policy)
         if not base or Path(base).resolve() in seen:
             break
@@ -255,7 +255,12 @@ def stated_licence(folder: str | Path) -> str | None:
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, or an empty one where there is no file.
+
+    Raises:
+        InputError: The file holds something else.
+    """
     if not path.exists():
         return {}
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import EVALUATION, write_card
+from ctpd_nemo.evaluation.card import EVALUATION, read_json, write_card
 from ctpd_nemo.evaluation.harness import known_tasks, run_harness
 from ctpd_nemo.evaluation.preferences import evaluate_folder
 
@@ -92,9 +92,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise InputError("folder", repr(config.folder), "an exported Hugging Face folder")
     if config.batch_size < 1:
         raise InputError("batch_size", str(config.batch_size), "1 or more")
-    folder, common = Path(config.folder), {"device": config.device, "dtype": config.dtype}
+    folder = Path(config.folder)
+    common: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
     path = folder / EVALUATION
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = read_json(path)
     if config.pairs.file:
         pairs = vars(config.pairs).copy()
         file = pairs.pop("file")
