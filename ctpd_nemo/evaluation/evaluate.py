@@ -1,7 +1,5 @@
 """The evaluation job: benchmarks and held-out pairs, ``evaluation.json`` beside the export, and its model card."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

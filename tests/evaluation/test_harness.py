@@ -1,6 +1,7 @@
 """The leaderboard's tasks over local rows, against ``transformers`` one choice at a time."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ctpd_nemo.evaluation.harness import run_harness
 from ctpd_nemo.evaluation.local_rows import read_local_rows
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.pipeline.recipe import small_world
+from tests.pipeline.tool import run_tool
 
 MADE: dict[str, list[dict[str, Any]]] = {
     "hellaswag": [
@@ -93,6 +95,19 @@ def test_all_tasks_run_on_local_rows_and_land_in_the_card(world: TinyWorld, data
     assert again["tasks"]["winogrande"]["n"] == 4
     assert again["tasks"]["gsm8k"] == found["tasks"]["gsm8k"]
     assert again["preferences"] == found["preferences"]
+
+
+def test_the_tool_writes_the_evaluation_and_says_what_is_wrong(world: TinyWorld, tmp_path: Path) -> None:
+    folder = shutil.copytree(world.student, tmp_path / "export")
+    arguments = [f"folder={folder}", "tasks.names=[]", f"pairs.file={world.test}", "pairs.max_new_tokens=4"]
+    status, stdout, stderr = run_tool("evaluate.py", arguments, tmp_path)
+    assert status == 0, stderr
+    assert "| held-out pairs | preference_accuracy |" in stdout
+    assert json.loads((folder / "evaluation.json").read_text())["preferences"]["n"] == 4
+    (folder / "evaluation.json").write_text("[]")
+    status, _, stderr = run_tool("evaluate.py", arguments, tmp_path)
+    assert status == 2
+    assert "evaluation.json: found list; expected a JSON object" in stderr
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
