@@ -52,6 +52,7 @@ def export_hf(
     global_tensor: GlobalTensor,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face folder, all of it or nothing: it appears under its name once it is complete.
 
@@ -64,6 +65,7 @@ def export_hf(
         global_tensor: Where the weights come from, see :func:`hf_tensors`.
         dtype: Of all exported tensors; by default each has the dtype of its namesake in ``reference``.
         max_shard_bytes: A shard is closed before it would grow beyond this.
+        finish: Called with the folder before it has its name, to add files of its own.
 
     Raises:
         InputError: ``folder`` is in use, or ``reference`` is no folder of a known family.
@@ -75,6 +77,8 @@ def export_hf(
         for name, tensor in hf_tensors(architecture, global_tensor):
             writer.add(name, tensor.to(dtype or stored.dtype(name)))
         copy_companions(reference, writer.partial, dtype)
+        if finish is not None:
+            finish(writer.partial)
     _logger.info("%s: %d tensors exported", folder, len(writer.weight_map))
 
 

@@ -28,7 +28,7 @@ _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformer
 _FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
 
-def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> bool:
+def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name: str | None = None) -> bool:
     """Write or renew ``README.md`` of an exported folder.
 
     Args:
@@ -36,6 +36,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
         record: What it was made of: ``config`` (of the run), ``fingerprints``, ``policy`` (``student`` or
             ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder;
             ``None`` reads it from there.
+        name: Of the model; by default the folder's.
 
     Returns:
         Whether the card was written; ``False`` where README.md is a user's own.
@@ -44,6 +45,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
         InputError: The record or ``evaluation.json`` of the folder is no JSON object.
     """
     folder = Path(folder)
+    name = _plain(name or folder.resolve().name)
     if record is None:
         record = read_json(folder / RECORD)
     else:
@@ -59,8 +61,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None) -> b
             return False
         own, before, after = parts
     evaluation = read_json(folder / EVALUATION)
-    front = yaml.safe_dump({**own, **_metadata(folder, record, evaluation)}, sort_keys=False, allow_unicode=False)
-    _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(folder, record, evaluation)}{END}{after}")
+    front = yaml.safe_dump({**own, **_metadata(name, record, evaluation)}, sort_keys=False, allow_unicode=False)
+    _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(name, record, evaluation)}{END}{after}")
     return True
 
 
@@ -87,7 +89,7 @@ def _own_text(text: str) -> tuple[dict[str, Any], str, str] | None:
     return metadata, rest[: rest.index(BEGIN)], rest[rest.index(END) + len(END) :]
 
 
-def _metadata(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -104,14 +106,14 @@ def _metadata(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, 
     bases = [Path(str(record[side])).name for side in ("student", "teacher") if record.get(side)]
     method = _method(record)
     data = ModelCardData(
-        base_model=[_repository(name) for name in bases] or None,
+        base_model=[_repository(base) for base in bases] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license="other",
         license_name="see-license-of-the-base-models",
         tags=["ctpd", "preference-distillation", *([_plain(method)] if method != "ctpd" else [])],
         datasets=None,
-        model_name=_plain(folder.resolve().name),
+        model_name=name,
         eval_results=results or None,
     )
     return data.to_dict()
@@ -157,9 +159,9 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _body(folder: Path, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
+def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -> str:
     config = record.get("config") or {}
-    lines = [f"# {_plain(folder.resolve().name)}", ""]
+    lines = [f"# {name}", ""]
     lines += [
         "A causal language model trained by preference distillation across tokenizers"
         f" ([CTPD](https://arxiv.org/abs/2601.11865)); method: {_code(_method(record))}.",

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits that may exist at once, in elements, by type of device: 640 MiB on the CPU, 1 GiB on a GPU. More are faster:
+# Logits that may exist at once, in elements, by type of device: 256 MiB on the CPU, 1 GiB on a GPU. More are faster:
 # fewer are made again, and fewer chunks read and write the gradient of the weight.
-CHUNK_LOGITS = {"cpu": 5 * 2**25, "cuda": 2**28}
+CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 
 
 def _chunks(num_tokens: int, logits: Tensor) -> list[slice]:

@@ -43,8 +43,13 @@ def export(config: ExportConfig) -> Path:
     # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        export_hf(folder, reference, CheckpointTensors(checkpoint))
-        write_card(folder, _record(Path(checkpoint), reference))
+        record = _record(Path(checkpoint), reference)
+        name = Path(folder).resolve().name
+
+        def card(partial: Path) -> None:
+            write_card(partial, record, name)
+
+        export_hf(folder, reference, CheckpointTensors(checkpoint), finish=card)
     if dist.is_initialized():
         dist.barrier()
     return Path(folder)
