@@ -74,9 +74,7 @@ class Side:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Hash of the tokenizer's content, whatever folder it was loaded from."""
-        # In front stand truncation and padding: left there by whoever called the tokenizer last, no part of what it is.
-        _, _, content = self.tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
-        return _fingerprint(content)
+        return tokenizer_fingerprint(self.tokenizer)
 
     @cached_property
     def template_fingerprint(self) -> str:
@@ -228,6 +226,13 @@ class Side:
             found = "a message in which the tokenizer's model sees a control token"
             raise InputError(self._template_place(place), found, "control tokens that only their own strings make")
         return ids
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of a fast tokenizer's content, whatever folder it was loaded from."""
+    # In front stand truncation and padding: left there by whoever called the tokenizer last, no part of what it is.
+    _, _, content = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
+    return _fingerprint(content)
 
 
 def _fingerprint(content: str) -> str:

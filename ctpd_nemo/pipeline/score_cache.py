@@ -196,6 +196,17 @@ class ScoreReader:
     def __len__(self) -> int:
         return len(self._rows["reference"])
 
+    def __contains__(self, pair_id: object) -> bool:
+        return pair_id in self._rows["reference"]
+
+    def pair_scores(self, role: str, pair_id: str) -> PairScores:
+        """Span log-probs of a pair under one of the models that the weights are made of.
+
+        Raises:
+            InputError: The cache does not hold the pair, or a score is not finite.
+        """
+        return self._pair(role, pair_id)
+
     def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
 

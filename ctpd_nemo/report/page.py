@@ -1,0 +1,54 @@
+"""From a template to one HTML file that needs nothing else."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+def write_page(path: str | Path, template: str, **values: Any) -> Path:
+    """Render a template of this package and write the page whole, or not at all.
+
+    Args:
+        path: The HTML file; its folder is made where there is none.
+        template: Its name in ``templates``.
+        values: What it shows; every text among them is escaped.
+    """
+    path = Path(path)
+    page = _environment().get_template(template).render(**values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        # A path or a file's content may hold what UTF-8 cannot.
+        writing.write_text(page, encoding="utf-8", errors="replace")
+        writing.replace(path)
+    finally:
+        writing.unlink(missing_ok=True)
+    return path
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ctpd_nemo.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "decimals": _decimals, "grouped": _grouped}
+    return environment
+
+
+def _percent(share: float | None) -> str:
+    return "\u2013" if share is None else f"{100 * share:.2f} %"
+
+
+def _decimals(value: float | None, digits: int = 3) -> str:
+    return "\u2013" if value is None else f"{value:.{digits}f}"
+
+
+def _grouped(number: int) -> str:
+    return f"{number:,}"

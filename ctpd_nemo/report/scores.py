@@ -1,0 +1,94 @@
+"""Scores of shown spans, from a score cache that is proved to belong to them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.ctpd import CTPDConfig
+from ctpd_nemo.pipeline.score_cache import ScoreReader, read_manifest
+
+Float32Array = NDArray[np.float32]
+
+# What is drawn as heat, and the value at which its colour is full.
+WEIGHT, RATIO, REFERENCE = "weight", "log-prob ratio", "reference log-prob"
+_FULL_NATS = 1.5
+_FULL_REFERENCE = -12.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseScores:
+    """Numbers of the spans of a response, f32 ``[n_spans]`` each, by the name they are shown with.
+
+    A last one may be that of the end of turn; a response that was cut has fewer than spans.
+    """
+
+    numbers: dict[str, Float32Array]
+
+    def __len__(self) -> int:
+        return min(map(len, self.numbers.values()))
+
+    def of_span(self, number: int) -> dict[str, Any]:
+        """``numbers`` and ``heat`` of a span."""
+        numbers = {name: float(values[number]) for name, values in self.numbers.items()}
+        heat = {}
+        if WEIGHT in numbers:
+            # A weight is the exponential of a ratio; colours of both then mean the same.
+            heat["w"] = _scale(float(np.log(numbers[WEIGHT])), _FULL_NATS)
+            heat["r"] = _scale(numbers[RATIO], _FULL_NATS)
+        heat["p"] = _scale(numbers[REFERENCE], _FULL_REFERENCE)
+        return {"numbers": numbers, "heat": heat}
+
+
+class CachedScores:
+    """The scores of a dataset's responses under teachers; of the pairs that were left out there are none."""
+
+    def __init__(self, folder: str, data: str, teacher: str, student: str, method: CTPDConfig) -> None:
+        """Open a cache.
+
+        Args:
+            folder: The cache.
+            data: Fingerprint of the pairs.
+            teacher: Fingerprint of the teacher's tokenizer.
+            student: Fingerprint of the student's.
+            method: How weights are made of scores.
+
+        Raises:
+            InputError: No cache, or one of other pairs or tokenizers.
+        """
+        self._folder = folder
+        manifest = read_manifest(folder)
+        # Spans do not depend on the rest: templates, limits and precision are what the cache says they are.
+        shown = {"data": data, "teacher_tokenizer": teacher, "student_tokenizer": student}
+        weighs = {"positive", "negative"} <= set(manifest["teacher_weights"])
+        self._reader = ScoreReader(folder, manifest["fingerprints"] | shown, {}, method if weighs else None)
+        self._roles = method.roles() if weighs else ("reference",)
+
+    def of_pair(self, pair_id: str, n_spans: tuple[int, int]) -> tuple[ResponseScores, ResponseScores] | None:
+        """Scores of chosen and rejected; ``None`` for a pair that was not scored.
+
+        Raises:
+            InputError: More scores than spans.
+        """
+        if pair_id not in self._reader:
+            return None
+        _, _, *weights = self._reader.lookup(pair_id)
+        found = []
+        for name, weight, most in zip(("chosen", "rejected"), weights, n_spans, strict=True):
+            by_role = {role: getattr(self._reader.pair_scores(role, pair_id), name) for role in self._roles}
+            numbers: dict[str, Float32Array] = {}
+            if "positive" in by_role:
+                numbers = {WEIGHT: weight, RATIO: by_role["positive"] - by_role["negative"]}
+            numbers |= {f"{role} log-prob": values for role, values in by_role.items()}
+            if len(weight) > most + 1:
+                place = f"{Path(self._folder)}, pair {pair_id!r}, {name}"
+                raise InputError(place, f"{len(weight)} scores", f"at most {most} spans and an end of turn")
+            found.append(ResponseScores(numbers))
+        return found[0], found[1]
+
+
+def _scale(value: float, full: float) -> float:
+    return round(float(np.clip(value / full, -1.0, 1.0)), 3)
