@@ -48,6 +48,7 @@ class MegatronModel(ModelPT):
         run: The configuration.
         run_data: Datasets, encoder and loaders.
         last_metrics: Of the last training step, means over its global batch.
+        last_weights: Histogram of that step's span weights, see ``weight_histogram``.
         last_stats: What went into that step, and what was left out of it.
         last_validation: Of the last pass over the held-out pairs.
         data_wait: How long steps have waited for their data.
@@ -73,6 +74,7 @@ class MegatronModel(ModelPT):
             raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
         self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
+        self.last_weights: dict[str, dict[str, int]] = {}
         self.last_stats = StepStats()
         self.data_wait = DataWait()
         self.last_validation: dict[str, float] = {}
@@ -90,6 +92,10 @@ class MegatronModel(ModelPT):
 
     def prepare_step(self, batch: StepBatch) -> None:
         """Fill in what a method computes as it goes: the scores of an online reference."""
+
+    def weight_histogram(self, batch: StepBatch) -> dict[str, dict[str, int]]:
+        """Counts of span weights of a global batch, see ``losses.histogram``; empty where nothing is weighed."""
+        return {}
 
     # Building
 
@@ -183,6 +189,7 @@ class MegatronModel(ModelPT):
         losses = self._run(batch, forward_only=False)
         optimizer.step()
         metrics = mean_metrics(losses, self.metric_names, local_device())
+        self.last_weights = self.weight_histogram(batch)
         self.last_stats = sum_over_data_parallel(batch.stats, local_device())
         seconds = time.perf_counter() - started
         self.last_metrics = {

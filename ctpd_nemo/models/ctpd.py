@@ -73,6 +73,8 @@ class CTPDConfig:
 class CTPD(PreferenceModel):
     """The student against its teacher, on the spans that both tokenizations share."""
 
+    weighs_spans = True
+
     @property
     def beta(self) -> float:
         """Strength of the pull to the teacher."""

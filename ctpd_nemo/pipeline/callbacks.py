@@ -153,7 +153,10 @@ class MetricLog(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
-        self._append(trainer, {"step": trainer.global_step, **pl_module.last_metrics})
+        row = {"step": trainer.global_step, **pl_module.last_metrics}
+        if pl_module.last_weights:
+            row["weights"] = pl_module.last_weights
+        self._append(trainer, row)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Append the means over the held-out pairs."""

@@ -17,6 +17,7 @@ from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.callbacks import Checkpointing, DataReport, MetricLog
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.origin import write_origin
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.trainer import build_trainer
@@ -99,3 +100,4 @@ def _newest_checkpoint(run: RunConfig, checkpoints: Path) -> Path | None:
 def _write_config(run: RunConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n", encoding="utf-8")
+    write_origin(folder)

@@ -1,4 +1,4 @@
-"""Bytes and texts as something that can be looked at: what is invisible, dangerous or half a character is written out."""
+"""Bytes as something to look at: the invisible, what moves the text around it, and half characters are written out."""
 
 import re
 import unicodedata

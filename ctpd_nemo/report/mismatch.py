@@ -105,9 +105,7 @@ def mismatch_table(
     for (teacher, student), row in pairs.items():
         mine, others = pieces[teacher], pieces[student]
         row.vocabulary = len(mine), len(others), len(mine & others)
-    return [
-        pairs[names] if names in pairs else pairs[names[::-1]].mirrored() for names in permutations(tokenizers, 2)
-    ]
+    return [pairs[names] if names in pairs else pairs[names[::-1]].mirrored() for names in permutations(tokenizers, 2)]
 
 
 def vocabulary_pieces(tokenizer: "PreTrainedTokenizerBase") -> set[bytes]:

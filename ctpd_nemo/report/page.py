@@ -1,23 +1,31 @@
 """From a template to one HTML file that needs nothing else."""
 
+import base64
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 
-def write_page(path: str | Path, template: str, **values: Any) -> Path:
-    """Render a template of this package and write the page whole, or not at all.
+def write_page(path: str | Path, name: str, **values: Any) -> Path:
+    """Render a page of this package and write it whole, or not at all.
 
     Args:
         path: The HTML file; its folder is made where there is none.
-        template: Its name in ``templates``.
+        name: Of ``<name>.html`` and ``<name>.js`` in ``templates``.
         values: What it shows; every text among them is escaped.
     """
     path = Path(path)
-    page = _environment().get_template(template).render(**values)
+    environment = _environment()
+    script = "".join(environment.get_template(file).render() for file in ("tip.js", f"{name}.js"))
+    # The page's content policy lets this script run and no other, should a text ever get past the escaping.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    template = environment.get_template(f"{name}.html")
+    page = template.render(script=Markup(script), script_digest=digest, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:

@@ -100,7 +100,7 @@ def write_spans_page(config: SpansPageConfig) -> list[Mismatch]:
     table = mismatch_table(batches, tokenizers)
     path = write_page(
         config.output,
-        "spans.html",
+        "spans",
         source=source,
         counted=counted,
         teacher=teacher,
