@@ -45,6 +45,11 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
 
+    @property
+    def points(self) -> list[tuple[str, list[tuple[float, str, str]]]]:
+        """Names and points of the curves, for pointing at."""
+        return [(curve.name, curve.points) for curve in self.curves]
+
 
 @dataclass(frozen=True, slots=True)
 class Histogram:

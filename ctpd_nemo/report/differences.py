@@ -1,11 +1,12 @@
 """What a job ran with beside what its experiment file says."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ctpd_nemo.errors import InputError
@@ -67,13 +68,18 @@ def _expected(job: Job, origin: Origin) -> dict[str, Any]:
 
 def _composed(name: str, overrides: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
     if not (CONF / f"{name}.yaml").is_file():
         raise InputError(str(CONF), f"no {name}.yaml", "the config files of a checkout")
     try:
-        with initialize_config_dir(str(CONF), version_base=None):
-            return compose(name, overrides=overrides)
+        # Inside a tool Hydra is at work already, over this very folder.
+        at_work = GlobalHydra.instance().is_initialized()
+        with nullcontext() if at_work else initialize_config_dir(str(CONF), version_base=None):
+            config = compose(name, overrides=overrides)
+        # Hydra's own can take no keys away.
+        return OmegaConf.create(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type,return-value]
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(str(CONF), str(error), "config files that can be put together") from error
 

@@ -81,7 +81,7 @@ def write_run_page(config: RunPageConfig) -> Path:
     return write_page(
         path,
         "run",
-        name=run.folder.resolve().name,
+        run_name=run.folder.resolve().name,
         run=run,
         views=views,
         facts=facts,
