@@ -57,7 +57,8 @@ class Histogram:
 
     Attributes:
         title: Whose weights.
-        cells: x, y, width, height and share of the spans of these steps, of every bin that is not empty.
+        cells: x, y, width, height and shade of every bin that is not empty; a shade is the root of the bin's share of
+            the spans of these steps, so that small ones are seen.
         columns: For each column of cells: x, steps, and its bins with their shares, as they are shown.
         x_ticks: Positions with labels.
         y_ticks: The lower edges of the bins.
@@ -110,7 +111,7 @@ def number(value: float) -> str:
     """A number in at most four digits that matter."""
     if value == 0:
         return "0"
-    if 1e4 <= abs(value) < 1e15:
+    if 1e3 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
@@ -163,7 +164,7 @@ def _histogram(title: str, by_step: Mapping[int, Mapping[float, int]]) -> Histog
         for row, (edge, count) in enumerate(counts.items()):
             if count:
                 share, top = count / total, bottom - (row + 1) * height
-                cells.append((round(left, 2), round(top, 2), round(width, 2), round(height, 2), round(share, 4)))
+                cells.append((round(left, 2), round(top, 2), round(width, 2), round(height, 2), round(share**0.5, 3)))
                 bins.append((_from(edge), f"{share:.1%}"))
         shown.append((round(left + width / 2, 1), _steps(column[0], column[-1]), bins[::-1]))
     places = sorted({0, len(columns) // 2, len(columns) - 1})
