@@ -9,8 +9,10 @@ from ctpd_nemo.pipeline.entry import tool
 def main(config: DictConfig) -> None:
     """Run the stages that are not yet done."""
     from ctpd_nemo.pipeline.stages import run_pipeline
+    from ctpd_nemo.report.run_page import add_run_page
 
     run_pipeline(config)
+    add_run_page(config.run_dir)
 
 
 if __name__ == "__main__":

@@ -64,12 +64,14 @@ class TextView:
         bands: Its first spans.
         n_spans: How many there are.
         notes: What a reader has to know: what is not shown, what has no score.
+        asked: What the text is a response to.
     """
 
     title: str
     bands: list[Band]
     n_spans: int
     notes: list[str]
+    asked: list[Part] = field(default_factory=list)
 
 
 def text_view(

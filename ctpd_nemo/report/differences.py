@@ -87,11 +87,12 @@ def _composed(name: str, overrides: list[str]) -> DictConfig:
 def _differing(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Key, expected and found value, of those that are not the same."""
     absent = object()
-    rows = []
+    rows: list[tuple[str, str, str]] = []
     for key in dict.fromkeys([*expected, *found]):
         before, after = expected.get(key, absent), found.get(key, absent)
         if before != after:
-            rows.append((key, *("\u2013" if value is absent else shown(value) for value in (before, after))))
+            there, here = ("\u2013" if value is absent else shown(value) for value in (before, after))
+            rows.append((key, there, here))
     return rows
 
 

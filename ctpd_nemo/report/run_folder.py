@@ -14,6 +14,9 @@ from ctpd_nemo.report.metric_log import MetricTable, read_metrics
 _METRICS, _CONFIG, _STATUS, _REPORT = "metrics.jsonl", "config.json", "stage.json", "report.json"
 T = TypeVar("T")
 
+# Value and standard error.
+Cell = tuple[float, float | None]
+
 
 @dataclass
 class Job:
@@ -47,12 +50,12 @@ class Comparison:
     Attributes:
         title: Where it comes from.
         columns: Models.
-        rows: For each metric its name, number of examples, and value and standard error in each column.
+        rows: For each metric of each dataset: both names, number of examples, and what each column has.
     """
 
     title: str
     columns: list[str]
-    rows: list[tuple[str, int, list[tuple[float, float | None] | None]]]
+    rows: list[tuple[str, str, int, list[Cell | None]]]
 
 
 @dataclass
@@ -85,11 +88,10 @@ def read_run(folder: Path) -> RunFolder:
         raise InputError(str(folder), "no job and no stages", "the run_dir of a job or pipeline")
     notes: list[str] = []
     jobs = [_read_job(path) for path in folders]
-    report = _tried(lambda: read_json(folder / _REPORT), {}, notes)
+    report = _tried(read_json, folder / _REPORT, {}, notes)
     evaluated = {}
     for job in jobs:
-        found = _tried(lambda job=job: read_json(job.folder / "export" / EVALUATION), {}, notes)  # type: ignore[misc]
-        if found:
+        if found := _tried(read_json, job.folder / "export" / EVALUATION, {}, notes):
             evaluated[job.name] = found
     methods = report.get("methods")
     told = {name: {"preferences": scores} for name, scores in methods.items()} if isinstance(methods, dict) else {}
@@ -114,11 +116,11 @@ def _stage_folders(folder: Path) -> list[Path]:
 
 def _read_job(folder: Path) -> Job:
     notes: list[str] = []
-    status = _tried(lambda: read_json(folder / _STATUS), {}, notes)
+    status = _tried(read_json, folder / _STATUS, {}, notes)
     seconds = status.get("seconds")
     complete = {True: "complete", False: "unfinished"}.get(status.get("complete", ""), "unknown")
     cache = folder / "cache"
-    manifest = _tried(lambda: read_manifest(cache), {}, notes) if cache.is_dir() else {}
+    manifest = _tried(read_manifest, cache, {}, notes) if cache.is_dir() else {}
     scored = {}
     if manifest:
         scored = {
@@ -129,8 +131,8 @@ def _read_job(folder: Path) -> Job:
     return Job(
         name=folder.resolve().name,
         folder=folder,
-        config=_tried(lambda: read_json(folder / _CONFIG), {}, notes),
-        metrics=_tried(lambda: read_metrics(folder / _METRICS), MetricTable(), notes),
+        config=_tried(read_json, folder / _CONFIG, {}, notes),
+        metrics=_tried(read_metrics, folder / _METRICS, MetricTable(), notes),
         status=complete,
         seconds=float(seconds) if complete == "complete" and isinstance(seconds, int | float) else None,
         scored=scored,
@@ -138,10 +140,10 @@ def _read_job(folder: Path) -> Job:
     )
 
 
-def _tried(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+def _tried(read: Callable[[Path], T], path: Path, otherwise: T, notes: list[str]) -> T:
     """What is read, or what stands for it where it cannot be."""
     try:
-        return read()
+        return read(path)
     except (InputError, OSError) as error:
         notes.append(str(error))
         return otherwise
@@ -149,14 +151,14 @@ def _tried(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
 
 def _comparison(title: str, evaluations: dict[str, dict[str, Any]], notes: list[str]) -> Comparison | None:
     """The metrics of several evaluations side by side; ``None`` where there are none."""
-    cells: dict[str, dict[str, tuple[float, float | None]]] = {}
-    examples: dict[str, int] = {}
+    cells: dict[tuple[str, str], dict[str, Cell]] = {}
+    examples: dict[tuple[str, str], int] = {}
     columns = []
     for name, evaluation in evaluations.items():
         try:
             rows = evaluation_rows(evaluation)
             read = [
-                (f"{row['metric']}, {row['dataset']}", int(row["n"]), float(row["value"]), row["standard_error"])
+                ((str(row["dataset"]), str(row["metric"])), int(row["n"]), float(row["value"]), row["standard_error"])
                 for row in rows
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -168,5 +170,5 @@ def _comparison(title: str, evaluations: dict[str, dict[str, Any]], notes: list[
             examples[metric] = max(n, examples.get(metric, 0))
     if not cells:
         return None
-    table = [(metric, examples[metric], [row.get(name) for name in columns]) for metric, row in cells.items()]
+    table = [(*metric, examples[metric], [row.get(name) for name in columns]) for metric, row in cells.items()]
     return Comparison(title, columns, table)

@@ -26,6 +26,19 @@ _CHARTS = {
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
 }
+_FACTS = (
+    "method",
+    "trained",
+    "status",
+    "seconds",
+    "steps",
+    "last loss",
+    "last margin",
+    "last accuracy",
+    "tokens/s, median",
+    "pairs skipped",
+    "responses cut",
+)
 _NOT_DRAWN = ("tokens", "step_seconds", "skipped", "truncated", "data_wait_seconds", "data_wait_share")
 
 
@@ -48,7 +61,7 @@ class JobView:
 
     Attributes:
         job: What was read.
-        facts: Numbers of the summary, by name.
+        facts: Numbers of the summary, by a name of ``_FACTS``.
         charts: Its curves.
         histograms: Its span weights.
         compared_with: What its config is compared with.
@@ -77,7 +90,7 @@ def write_run_page(config: RunPageConfig) -> Path:
     run = read_run(Path(config.run_dir))
     path = Path(config.output) if config.output else run.folder / PAGE
     views = [_view(job) for job in run.jobs]
-    facts = list(dict.fromkeys(name for view in views for name in view.facts))
+    facts = [name for name in _FACTS if any(name in view.facts for view in views)]
     return write_page(
         path,
         "run",
@@ -140,7 +153,7 @@ def _facts(job: Job) -> dict[str, str]:
         for name, title in (("skipped", "pairs skipped"), ("truncated", "responses cut")):
             if counts := job.metrics.series(name):
                 facts[title] = f"{sum(count for _, count in counts):,.0f}"
-    return facts | job.scored
+    return facts
 
 
 def _charts(metrics: MetricTable) -> list[Chart]:

@@ -12,7 +12,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import load_tokenizer
 from ctpd_nemo.report.bands import TextView, kinds_of, text_view
-from ctpd_nemo.report.letters import without_surrogates
+from ctpd_nemo.report.letters import readable, without_surrogates
 from ctpd_nemo.report.mismatch import Mismatch, mismatch_table
 from ctpd_nemo.report.page import write_page
 from ctpd_nemo.report.scores import CachedScores
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BATCH = 256
+# Characters of a prompt that are shown.
+_ASKED = 400
 
 
 @dataclass
@@ -210,6 +212,8 @@ def _pair_views(
         for index, (name, text) in enumerate(responses.items()):
             own = known[index] if known else None
             view = text_view(f"{pair.id} \u00b7 {name}", text, teacher, student, config.spans, own)
+            if index == 0:
+                view.asked.extend(readable(pair.prompt[-1].content[:_ASKED].encode()))
             if scores and known is None:
                 view.notes.append("left out when the pairs were scored")
             views.append(view)
