@@ -96,7 +96,7 @@ def mismatch_table(
         One row an ordered pair, in the order of ``tokenizers``.
     """
     pairs = {names: Mismatch(*names) for names in combinations(tokenizers, 2)}
-    for texts in batches:
+    for texts in filter(None, batches):
         encoded = utf8(texts)
         sides = {name: batch_token_ends(texts, encoded, tokenizer) for name, tokenizer in tokenizers.items()}
         for (teacher, student), row in pairs.items():

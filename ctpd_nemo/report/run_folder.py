@@ -88,10 +88,10 @@ def read_run(folder: Path) -> RunFolder:
         raise InputError(str(folder), "no job and no stages", "the run_dir of a job or pipeline")
     notes: list[str] = []
     jobs = [_read_job(path) for path in folders]
-    report = _tried(read_json, folder / _REPORT, {}, notes)
+    report = _tried(read_json, folder / _REPORT, notes) or {}
     evaluated = {}
     for job in jobs:
-        if found := _tried(read_json, job.folder / "export" / EVALUATION, {}, notes):
+        if found := _tried(read_json, job.folder / "export" / EVALUATION, notes):
             evaluated[job.name] = found
     methods = report.get("methods")
     told = {name: {"preferences": scores} for name, scores in methods.items()} if isinstance(methods, dict) else {}
@@ -116,11 +116,11 @@ def _stage_folders(folder: Path) -> list[Path]:
 
 def _read_job(folder: Path) -> Job:
     notes: list[str] = []
-    status = _tried(read_json, folder / _STATUS, {}, notes)
+    status = _tried(read_json, folder / _STATUS, notes) or {}
     seconds = status.get("seconds")
     complete = {True: "complete", False: "unfinished"}.get(status.get("complete", ""), "unknown")
     cache = folder / "cache"
-    manifest = _tried(read_manifest, cache, {}, notes) if cache.is_dir() else {}
+    manifest = _tried(read_manifest, cache, notes) if cache.is_dir() else None
     scored = {}
     if manifest:
         scored = {
@@ -131,8 +131,8 @@ def _read_job(folder: Path) -> Job:
     return Job(
         name=folder.resolve().name,
         folder=folder,
-        config=_tried(read_json, folder / _CONFIG, {}, notes),
-        metrics=_tried(read_metrics, folder / _METRICS, MetricTable(), notes),
+        config=_tried(read_json, folder / _CONFIG, notes) or {},
+        metrics=_tried(read_metrics, folder / _METRICS, notes) or MetricTable(),
         status=complete,
         seconds=float(seconds) if complete == "complete" and isinstance(seconds, int | float) else None,
         scored=scored,
@@ -140,13 +140,13 @@ def _read_job(folder: Path) -> Job:
     )
 
 
-def _tried(read: Callable[[Path], T], path: Path, otherwise: T, notes: list[str]) -> T:
-    """What is read, or what stands for it where it cannot be."""
+def _tried(read: Callable[[Path], T], path: Path, notes: list[str]) -> T | None:
+    """What is read; ``None``, and a note, where it cannot be."""
     try:
         return read(path)
     except (InputError, OSError) as error:
         notes.append(str(error))
-        return otherwise
+        return None
 
 
 def _comparison(title: str, evaluations: dict[str, dict[str, Any]], notes: list[str]) -> Comparison | None:
