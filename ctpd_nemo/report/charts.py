@@ -81,6 +81,7 @@ class _Axis:
     end: float
 
     def __call__(self, value: float) -> float:
+        value = min(max(value, self.low), self.high)
         return round(self.begin + (value - self.low) / (self.high - self.low) * (self.end - self.begin), 1)
 
 
@@ -197,7 +198,7 @@ def _step_axis(low: float, high: float) -> _Axis:
 
 def _value_axis(low: float, high: float) -> _Axis:
     # Numbers of opposite ends of the range of floats have no finite distance, and the smallest no power of ten.
-    low, high = max(low, -1e300), min(high, 1e300)
+    low, high = (min(max(value, -1e300), 1e300) for value in (low, high))
     room = max((high - low) * 0.05 or abs(high) * 0.1 or 1.0, 1e-300)
     return _Axis(low - room, high + room, HEIGHT - _BOTTOM, _TOP)
 

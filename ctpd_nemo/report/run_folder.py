@@ -118,7 +118,7 @@ def _read_job(folder: Path) -> Job:
     notes: list[str] = []
     status = _tried(read_json, folder / _STATUS, notes) or {}
     seconds = status.get("seconds")
-    complete = {True: "complete", False: "unfinished"}.get(status.get("complete", ""), "unknown")
+    complete = {"True": "complete", "False": "unfinished"}.get(str(status.get("complete")), "unknown")
     cache = folder / "cache"
     manifest = _tried(read_manifest, cache, notes) if cache.is_dir() else None
     scored = {}
