@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -130,8 +131,8 @@ def browser(profile: Path) -> Iterator[Browser]:
     command += ["--disable-dev-shm-usage", "--disable-background-networking", f"--user-data-dir={profile}"]
 
     def descriptors() -> None:
-        # The browser reads its orders from descriptor 3 and answers on 4.
-        read, write = os.dup(to_write[0]), os.dup(to_read[1])
+        # The browser reads its orders from descriptor 3 and answers on 4, whatever these are here.
+        read, write = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_write[0], to_read[1]))
         os.dup2(read, 3)
         os.dup2(write, 4)
 
