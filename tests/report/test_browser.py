@@ -95,7 +95,7 @@ def test_nothing_of_a_hostile_text_became_an_element(pages: dict[str, Path], chr
     assert chromium.value("document.querySelectorAll('script').length") == 1
     assert chromium.value("document.querySelectorAll('img, svg, iframe').length") == 0
     said = chromium.value("[...document.querySelectorAll('.said')].map((element) => element.textContent).join('')")
-    assert said.count("onerror=alert(2)") == 3
+    assert "onerror=alert(2)" in said
 
 
 def test_the_policy_of_the_page_stops_a_script_that_got_in(pages: dict[str, Path], chromium: Browser) -> None:
