@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.evaluate import EvaluateConfig
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.dpo import DPOConfig
@@ -16,6 +17,8 @@ from ctpd_nemo.models.sft import SFTConfig
 from ctpd_nemo.pipeline.config import run_config, typed
 from ctpd_nemo.pipeline.export import ExportConfig
 from ctpd_nemo.pipeline.stages import STAGES, StageResult, stage_config
+from ctpd_nemo.report.run_page import RunPageConfig
+from ctpd_nemo.report.spans_page import SpansPageConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -75,10 +78,17 @@ def test_the_score_and_export_configs_are_valid() -> None:
     assert typed(ExportConfig, composed("export", "folder=out")) == ExportConfig(folder="out")
 
 
+def test_configs_of_what_looks_at_results_are_the_defaults_of_their_classes() -> None:
+    classes = {"evaluate": EvaluateConfig, "inspect_spans": SpansPageConfig, "report": RunPageConfig}
+    for name, config_class in classes.items():
+        assert typed(config_class, composed(name)) == config_class()
+
+
 def test_every_config_file_is_covered_here() -> None:
     top = {path.stem for path in CONF.glob("*.yaml")}
     # ``encode`` and ``plan`` take the keys of the pipeline: tests of their own run them.
-    assert top == {"train", "score", "export", "pipeline", "quickstart", "encode", "plan"}
+    pipelines = {"pipeline", "quickstart", "encode", "plan"}
+    assert top == {"train", "score", "export", *pipelines, "evaluate", "inspect_spans", "report"}
     assert set(EXPERIMENTS) == set(GPUS)
 
 
