@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch.utils.data import DataLoader
 
@@ -29,6 +30,8 @@ class WorkerLoader(DataLoader[T]):
         self.dataset.prepare()  # type: ignore[attr-defined]
         with _tokenizers_may_fork():
             items = super().__iter__()
+        if self.num_workers:
+            items = _ahead(items)
         error = None
         for item in items:
             if isinstance(item, InputError):
@@ -39,6 +42,15 @@ class WorkerLoader(DataLoader[T]):
         del items
         if error is not None:
             raise error
+
+
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Take each item from the workers while the one before it is in use, as that takes milliseconds."""
+    with ThreadPoolExecutor(1, "data") as thread:
+        following = thread.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = thread.submit(next, items, None)
+            yield item
 
 
 @contextmanager
