@@ -80,8 +80,8 @@ class InventedScores:
             pair.id: (pair.chosen.n_spans, pair.rejected.n_spans) for pair in encoded if isinstance(pair, EncodedPair)
         }
 
-    def lookup(self, pair_id: str) -> tuple[NDArray[np.float32], ...]:
+    def lookup(self, pair: EncodedPair) -> tuple[NDArray[np.float32], ...]:
         """Reference log-probs of chosen and rejected, then importance weights of both."""
-        reference = [np.full(spans, -2.0, dtype=np.float32) for spans in self._spans[pair_id]]
-        weights = [np.ones(spans, dtype=np.float32) for spans in self._spans[pair_id]]
+        reference = [np.full(spans, -2.0, dtype=np.float32) for spans in self._spans[pair.id]]
+        weights = [np.ones(spans, dtype=np.float32) for spans in self._spans[pair.id]]
         return *reference, *weights

@@ -129,7 +129,7 @@ def _write_encoded(setting: Setting, pairs: list[EncodedPair]) -> None:
     scores = ScoreReader(ctpd_scores(setting), score_fingerprints(data, _PRECISION), {}, method)
     rows = []
     for pair in pairs:
-        _, _, chosen_weights, rejected_weights = scores.lookup(pair.id)
+        _, _, chosen_weights, rejected_weights = scores.lookup(pair)
         weights = chosen_weights.tolist(), rejected_weights.tolist()
         chosen, rejected = (
             _plain(response, w) for response, w in zip((pair.chosen, pair.rejected), weights, strict=True)

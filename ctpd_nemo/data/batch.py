@@ -24,7 +24,7 @@ _FIELDS = {
 
 
 class SpanScores(Protocol):
-    """Scores of the spans of every pair: what the span score cache gives.
+    """Scores of the spans of every pair: what the span score cache gives, or draws that weights are made of later.
 
     Attributes:
         fingerprint: A name for the content of all of them.
@@ -32,7 +32,7 @@ class SpanScores(Protocol):
 
     fingerprint: str
 
-    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+    def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each."""
         ...
 
@@ -50,7 +50,8 @@ class Microbatch:
         span_ids: int32 ``[T]``, the span of that next token, counted over the microbatch; -1 where ``labels`` is.
         cu_seqlens: int32 ``[S + 1]``, where sequences begin and end; the padding behind a sequence belongs to it.
         span_response: int32 ``[N]``, the response of every span, ascending.
-        span_weights: f32 ``[N]``, importance weights; 1 where the method has none.
+        span_weights: f32 ``[N]``, importance weights; 1 where the method has none. Where they are made as training
+            goes, the numbers they are drawn by, until then.
         reference_logprobs: f32 ``[N]``, ``log pi_ref`` of every span; 0 where there is none.
         chosen: int32 ``[P]``, the chosen response of every pair.
         rejected: int32 ``[P]``, the rejected response of every pair; ``[0]`` where only chosen ones are here (SFT).
@@ -223,7 +224,7 @@ def _scores_of(
         return np.zeros(sum(n_spans), dtype=np.float32), np.ones(sum(n_spans), dtype=np.float32)
     references, weights = [], []
     for pair in pairs:
-        looked_up = scores.lookup(pair.id)
+        looked_up = scores.lookup(pair)
         for name, response, reference, weight in zip(
             responses, pair.responses(responses), looked_up[:2], looked_up[2:], strict=False
         ):

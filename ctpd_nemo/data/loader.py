@@ -227,7 +227,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
                 pad_token_id=pad,
                 side=side,
                 responses=batching.responses,
-                scores=self._scores,
+                scores=self._scores if side == batching.side else None,
                 pad_to_multiple=batching.pad_to_multiple,
                 sequence_multiple=batching.sequence_multiple,
                 padding=batching.padding,

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 CHUNK_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 
 
-def _chunks(num_tokens: int, logits: Tensor) -> list[slice]:
+def token_chunks(num_tokens: int, logits: Tensor) -> list[slice]:
     """As few equal chunks as the buffer allows."""
     if num_tokens == 0:
         return []
@@ -36,7 +36,7 @@ def _chunks(num_tokens: int, logits: Tensor) -> list[slice]:
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-def _buffer(num_tokens: int, weight_VH: Tensor) -> Tensor:
+def logit_buffer(num_tokens: int, weight_VH: Tensor) -> Tensor:
     """Room for the logits of one chunk, fp32 ``[C, V]``."""
     most = max(1, CHUNK_LOGITS[weight_VH.device.type] // len(weight_VH))
     return weight_VH.new_empty((min(most, num_tokens), len(weight_VH)), dtype=torch.float32)
@@ -58,9 +58,9 @@ class _TokenLogProbs(torch.autograd.Function):
         own_N = own_N.masked_fill(~mine_N, 0)
 
         max_N, sum_N, label_N = hidden_NH.new_empty((3, len(labels_N)), dtype=torch.float32).unbind()
-        logits = _buffer(len(labels_N), weight_VH)
-        product = _LogitProduct(weight_VH, real_rows)
-        for part in _chunks(len(labels_N), logits):
+        logits = logit_buffer(len(labels_N), weight_VH)
+        product = LogitProduct(weight_VH, real_rows)
+        for part in token_chunks(len(labels_N), logits):
             exps = product(hidden_NH[part], logits)
             label_N[part] = exps.gather(1, own_N[part, None]).squeeze(1)
             torch.amax(exps, 1, out=max_N[part])
@@ -95,8 +95,8 @@ class _TokenLogProbs(torch.autograd.Function):
         # Both gradients are of probabilities less one at the label, so everything carries a minus.
         scale_N1 = grad_N.neg()[:, None]
         one_N1 = mine_N.float().neg()[:, None]
-        product = _LogitProduct(weight_VH, ctx.real_rows)
-        parts = _chunks(len(own_N), logits)
+        product = LogitProduct(weight_VH, ctx.real_rows)
+        parts = token_chunks(len(own_N), logits)
         for part in reversed(parts):
             if part is parts[-1]:
                 probs = logits[: part.stop - part.start].mul_((local_max_N - lse_N)[part, None].exp())
@@ -104,12 +104,12 @@ class _TokenLogProbs(torch.autograd.Function):
                 probs = product(hidden_NH[part], logits).sub_(lse_N[part, None]).exp_()
             probs = probs.scatter_add_(1, own_N[part, None], one_N1[part]).to(weight_VH.dtype)
             torch.mm(probs, weight_VH, out=grad_hidden_NH[part])
-            _accumulate(grad_weight_VH, probs, (hidden_NH[part] * scale_N1[part]).to(weight_VH.dtype))
+            add_product(grad_weight_VH, probs, (hidden_NH[part] * scale_N1[part]).to(weight_VH.dtype))
         grad_hidden_NH *= scale_N1.to(hidden_NH.dtype)
         return grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), None, None, None
 
 
-class _LogitProduct:
+class LogitProduct:
     """``hidden @ weight.T`` into a buffer, in fp32 whatever the inputs: bf16 would round off up to 0.4 % of a logit."""
 
     def __init__(self, weight_VH: Tensor, real_rows: int) -> None:
@@ -131,7 +131,7 @@ class _LogitProduct:
         return logits
 
 
-def _accumulate(total_VH: Tensor, probs_CV: Tensor, scaled_CH: Tensor) -> None:
+def add_product(total_VH: Tensor, probs_CV: Tensor, scaled_CH: Tensor) -> None:
     """Add ``probs.T @ scaled`` to an fp32 total."""
     if scaled_CH.dtype == torch.float32:
         total_VH.addmm_(probs_CV.t(), scaled_CH)
@@ -158,6 +158,10 @@ def token_logprobs(
     Returns:
         fp32 ``[N]``.
     """
+    return _TokenLogProbs.apply(hidden_NH, weight_VH, labels_N, real_rows(weight_VH, vocab_size, group), group)
+
+
+def real_rows(weight_VH: Tensor, vocab_size: int, group: dist.ProcessGroup | None) -> int:
+    """How many of this rank's rows of the output layer are vocabulary; the rest pads it."""
     rank = 0 if group is None else group.rank()
-    real_rows = min(max(vocab_size - rank * len(weight_VH), 0), len(weight_VH))
-    return _TokenLogProbs.apply(hidden_NH, weight_VH, labels_N, real_rows, group)
+    return min(max(vocab_size - rank * len(weight_VH), 0), len(weight_VH))

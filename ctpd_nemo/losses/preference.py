@@ -10,7 +10,6 @@ equation 7): the sum over spans is then the sum over tokens.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -70,26 +69,3 @@ def preference_loss(
         chosen_reward=chosen.detach(),
         rejected_reward=rejected.detach(),
     )
-
-
-def span_weights(
-    positive_S: Tensor,
-    negative_S: Tensor,
-    sign: float | Tensor,
-    scale: float = 1.0,
-    lower: float = -0.5,
-    upper: float = 1.5,
-) -> Tensor:
-    r"""Importance weights from the contrastive teacher pair (CTPD, section 3.4).
-
-    :math:`w_s = k \exp(\mu \, clamp(\log\pi^+(s) - \log\pi^-(s), L, U))`
-
-    Args:
-        positive_S: Span log-probs under the teacher trained by DPO, ``[S]``.
-        negative_S: The same under the teacher trained on swapped pairs.
-        sign: ``mu``: +1 for a chosen response, -1 for a rejected one.
-        scale: ``k``.
-        lower: ``L``.
-        upper: ``U``.
-    """
-    return scale * torch.exp(sign * torch.clamp(positive_S - negative_S, lower, upper))

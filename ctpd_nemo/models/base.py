@@ -34,7 +34,7 @@ from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wr
 from ctpd_nemo.parallel.userbuffers import prepare_userbuffers
 
 # Values of a method's config that name a folder.
-_FOLDERS = ("scores", "positive", "negative")
+_FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
 
 
 class MegatronModel(ModelPT):

@@ -1,116 +1,86 @@
 """Cross-Tokenizer Preference Distillation: the teacher's preferences, span by span."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.loader import StepBatch
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.losses.preference import span_weights
-from ctpd_nemo.models.dpo import check_beta, check_reference
-from ctpd_nemo.models.preference import PreferenceModel
-from ctpd_nemo.models.teacher import FrozenModel
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.weighted import WeightedConfig, WeightedPreferenceModel
+from ctpd_nemo.models.weighting import WEIGHTINGS, Weighting
 
 
 @dataclass
-class CTPDConfig:
-    """CTPD (section 3; values of section 4.1).
+class CTPDConfig(WeightedConfig):
+    r"""CTPD (section 3; values of section 4.1; the weightings of table 2 and the reference of table 3).
+
+    A weight is :math:`k \exp(\mu \, clamp(\rho, L, U))` of the log-ratio :math:`\rho` of its span, :math:`\mu` being +1
+    in chosen and -1 in rejected responses, unless it says otherwise:
+
+    - ``contrastive_teacher``: the teacher trained by DPO against the one trained on swapped pairs (section 3.4).
+    - ``contrastive_student``: the same of a pair of the student's family, on the student's tokens of the span.
+    - ``teacher_student``: the SFT teacher against the SFT student.
+    - ``single_teacher``: the margin of the SFT teacher, the sum over its tokens of the span of
+      :math:`\log p(y_t) - \max_{v \ne y_t} \log p(v)`; no pair is trained. Seen as a policy of maximum entropy over
+      tokens, a model's log-probs are its values of tokens up to a constant of the position (Rafailov et al. 2024, "From
+      r to Q*"), which the difference cancels: what is left is by how much the teacher values a token more than its own
+      best other choice. That is the ratio of a contrastive pair whose other half is the teacher's second thought:
+      chosen spans that it would write weigh more, and rejected spans that it would not.
+    - ``average``: those of ``contrastive_teacher``, divided by the length of the span. The paper does not say in what;
+      here it is the teacher's tokens, whose ratios the weight was summed of. The end of turn counts as it is encoded.
+    - ``random``: U(-1, 1), without ``k``, clamp or sign.
+    - ``uniform``: 1.
+    - ``constant``: the mean of a response's weights by ``contrastive_teacher``, on all its spans.
+    - ``shuffled``: the weights by ``contrastive_teacher`` on the spans of the same response in another order.
+
+    The last two are controls: what they gain as well is not due to where the weight lies. What is drawn is a function
+    of the run's seed, the pair's id and the response.
 
     Attributes:
-        beta: Strength of the pull to the teacher.
-        reference: "cache" reads ``scores``; "online" holds the teachers beside the student.
-        scores: Span score cache with the roles reference, positive and negative, where ``reference`` is "cache".
-        scoring_precision: The precision those scores were computed in; ``None`` for that of this run.
-        positive: Folder of the teacher trained by DPO, where ``reference`` is "online".
-        negative: Folder of the teacher trained on swapped pairs, likewise.
-        weights: "contrastive_teacher" (section 3.4), or "uniform": every weight is 1.
-        weight_scale: ``k``.
-        weight_lower: ``L``, in nats.
-        weight_upper: ``U``, in nats.
+        weights: How spans are weighed.
+        reference_model: What the student is measured against on each span: "teacher", or "student" for what it was
+            before it was trained, on its own tokens (table 3).
+        student_positive: Folder of the student trained by DPO, where ``reference`` is "online".
+        student_negative: Folder of the student trained on swapped pairs, likewise.
+        student_scores: A second cache, for the roles that ``scores`` does not hold: scores of student models, whose
+            job has another layout than the teachers'.
     """
 
     name: str = "ctpd"
-    beta: float = 0.1
-    reference: str = "cache"
-    scores: str | None = None
-    scoring_precision: str | None = None
-    positive: str | None = None
-    negative: str | None = None
     weights: str = "contrastive_teacher"
-    weight_scale: float = 1.0
-    weight_lower: float = -0.5
-    weight_upper: float = 1.5
+    reference_model: str = "teacher"
+    student_positive: str | None = None
+    student_negative: str | None = None
+    student_scores: str | None = None
 
     def check(self) -> None:
         """Stop with an ``InputError`` where values do not go together."""
-        check_beta(self.beta)
-        check_reference(self.reference, self.scores)
-        if self.weights not in ("contrastive_teacher", "uniform"):
-            raise InputError("method.weights", repr(self.weights), "contrastive_teacher or uniform")
-        if not 0 < self.weight_scale < math.inf:
-            raise InputError("method.weight_scale", str(self.weight_scale), "a positive number")
-        if not self.weight_lower <= self.weight_upper:
-            found = f"{self.weight_lower} with weight_upper {self.weight_upper}"
-            raise InputError("method.weight_lower", found, "lower <= upper")
-        if self.reference == "online" and self.weights == "contrastive_teacher":
-            for key in ("positive", "negative"):
-                if not getattr(self, key):
-                    raise InputError(f"method.{key}", "nothing", "a model folder, as method.reference is online")
-
-    def roles(self) -> tuple[str, ...]:
-        """The models whose scores the method needs."""
-        return ("reference", "positive", "negative") if self.weights == "contrastive_teacher" else ("reference",)
-
-    def span_weights(self, positive_S: Tensor, negative_S: Tensor, sign: float | Tensor) -> Tensor:
-        """Importance weights of spans; ``sign`` is +1 for chosen and -1 for rejected responses."""
-        return span_weights(positive_S, negative_S, sign, self.weight_scale, self.weight_lower, self.weight_upper)
-
-
-class CTPD(PreferenceModel):
-    """The student against its teacher, on the spans that both tokenizations share."""
+        if self.weights not in WEIGHTINGS:
+            raise InputError("method.weights", repr(self.weights), "one of " + ", ".join(WEIGHTINGS))
+        if self.reference_model not in ("teacher", "student"):
+            raise InputError("method.reference_model", repr(self.reference_model), "teacher or student")
+        super().check()
 
     weighs_spans = True
 
     @property
-    def beta(self) -> float:
-        """Strength of the pull to the teacher."""
-        return self.run.method.beta
+    def reference_role(self) -> str:
+        """The role of the model that the student is measured against."""
+        return "reference" if self.reference_model == "teacher" else "student"
 
-    def configure_model(self) -> None:
-        """Build the student, and its teachers beside it where nothing is cached."""
-        super().configure_model()
-        method = self.run.method
-        if method.reference == "online" and not hasattr(self, "teachers"):
-            folders = {
-                "reference": self.run.model.teacher.path,
-                "positive": method.positive,
-                "negative": method.negative,
-            }
-            self.teachers = {
-                role: FrozenModel(folders[role], self.run.parallel, self.run.precision) for role in method.roles()
-            }
+    def weighting(self, seed: int) -> Weighting:
+        """How spans are weighed."""
+        return Weighting(self.weights, self.weight_scale, self.weight_lower, self.weight_upper, seed)
 
-    def prepare_step(self, batch: StepBatch) -> None:
-        """Score the teachers' tokens of the same spans, where nothing is cached."""
-        if self.run.method.reference == "online":
-            scores = {role: model.score(batch.reference_microbatches) for role, model in self.teachers.items()}
-            self._fill_scores(batch.microbatches, scores)
+    def folders(self, run: RunConfig) -> dict[str, str | None]:
+        """The folder of each model: teacher and student are those of the run."""
+        return {
+            "reference": run.model.teacher.path,
+            "positive": self.positive,
+            "negative": self.negative,
+            "student": run.policy_side().path,
+            "student_positive": self.student_positive,
+            "student_negative": self.student_negative,
+        }
 
-    def _fill_scores(self, microbatches: Sequence[Microbatch], scores: dict[str, list[Tensor]]) -> None:
-        """Write reference log-probs and weights into the microbatches; scores are there on the last stage only."""
-        for index, microbatch in enumerate(microbatches[: len(scores["reference"])]):
-            microbatch.reference_logprobs.copy_(scores["reference"][index])
-            if "positive" in scores:
-                sign_R = torch.ones(microbatch.num_responses, device=scores["positive"][index].device)
-                sign_R[microbatch.rejected.long()] = -1.0
-                microbatch.span_weights.copy_(
-                    self.run.method.span_weights(
-                        scores["positive"][index],
-                        scores["negative"][index],
-                        sign_R[microbatch.span_response.long()],
-                    )
-                )
+
+class CTPD(WeightedPreferenceModel):
+    """The student against its teacher, on the spans that both tokenizations share."""

@@ -20,6 +20,7 @@ from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.encode import SKIP_REASONS
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.losses.logprobs import token_logprobs
+from ctpd_nemo.losses.margins import label_and_best_other
 from ctpd_nemo.losses.spans import sum_by
 from ctpd_nemo.parallel.context import held_tokens
 
@@ -41,8 +42,10 @@ class StepLoss:
     counts: dict[str, int | Tensor] = field(default_factory=dict)
 
 
-# (log-prob of each span fp32 [S], microbatch) -> loss
-LossFunction = Callable[[Tensor, Microbatch], StepLoss]
+# (what is read of the model's output: log-prob of each span fp32 [S] unless a method reads more, microbatch) -> loss
+LossFunction = Callable[[Any, Microbatch], StepLoss]
+# (chunk with the output layer, hidden states [1, T, H], microbatch, rows that are vocabulary) -> what a loss is made of
+OutputReader = Callable[[GPTModel, Tensor, Microbatch, int], Any]
 
 
 def packed_seq_params(microbatch: Microbatch) -> PackedSeqParams:
@@ -65,6 +68,27 @@ def output_weight(model: GPTModel) -> Tensor:
     if model.share_embeddings_and_output_weights:
         return model.shared_embedding_or_output_weight()
     return model.output_layer.weight
+
+
+def span_margins(model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The log-prob of each span, and its margin: the sum over its tokens of their log-prob less the best other token's.
+
+    Arguments and results, twice fp32 ``[num_spans]``, as of ``span_logprobs``; without gradient.
+    """
+    labels_T, span_T = (_held(microbatch, field) for field in (microbatch.labels, microbatch.span_ids))
+    position_N = (labels_T >= 0).nonzero().squeeze(1)
+    label_N, other_N = label_and_best_other(
+        hidden_1TH[0].index_select(0, position_N),
+        output_weight(model),
+        labels_T[position_N],
+        vocab_size,
+        parallel_state.get_tensor_model_parallel_group(),
+    )
+    span_N, group = span_T[position_N].long(), parallel_state.get_context_parallel_group()
+    logprob_S, margin_S = (
+        sum_by(values_N, span_N, microbatch.num_spans, group) for values_N in (label_N, label_N - other_N)
+    )
+    return logprob_S, margin_S
 
 
 def span_logprobs(model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int) -> Tensor:
@@ -110,17 +134,19 @@ def run_microbatches(
     evaluate: LossFunction,
     forward_only: bool,
     device: torch.device,
+    read: OutputReader = span_logprobs,
 ) -> list[StepLoss]:
     """Forward, and unless ``forward_only`` backward, over all microbatches in pipeline order.
 
-    Gradients end in the chunks' buffers, reduced over the data-parallel group and divided by the total count.
+    On the last stage ``read`` makes of a microbatch's hidden states what ``evaluate`` makes its loss of. Gradients end
+    in the chunks' buffers, reduced over the data-parallel group and divided by the total count.
 
     Returns:
         The method's result of each microbatch on the last pipeline stage; an empty list on the others.
     """
 
     def finish(model: GPTModel, microbatch: Microbatch, hidden_1TH: Tensor) -> tuple[Tensor, Tensor, StepLoss]:
-        loss = evaluate(span_logprobs(model, hidden_1TH, microbatch, vocab_size), microbatch)
+        loss = evaluate(read(model, hidden_1TH, microbatch, vocab_size), microbatch)
         # Context-parallel ranks have the same loss, each with its tokens' share of the gradient: it is counted once.
         counted = parallel_state.get_context_parallel_rank() == 0
         count = torch.as_tensor(loss.count if counted else 0, dtype=torch.int, device=device)

@@ -9,6 +9,7 @@ from ctpd_nemo.models.ctpd import CTPD, CTPDConfig
 from ctpd_nemo.models.dpo import DPO, DPOConfig
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.sft import SFT, SFTConfig
+from ctpd_nemo.models.tis_dpo import TISDPO, TISDPOConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Method:
 METHODS = {
     "sft": Method(SFTConfig, SFT, ("chosen",), two_sided=False),
     "dpo": Method(DPOConfig, DPO, ("chosen", "rejected"), two_sided=False),
+    "tis_dpo": Method(TISDPOConfig, TISDPO, ("chosen", "rejected"), two_sided=False),
     "ctpd": Method(CTPDConfig, CTPD, ("chosen", "rejected"), two_sided=True),
 }
 

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
+from ctpd_nemo.data.encode import SideName
 from ctpd_nemo.data.loader import StepBatch, StepLoader, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
@@ -28,13 +29,11 @@ from ctpd_nemo.models.memory import (
     least_of_all_ranks,
     most_indexed_tokens,
 )
+from ctpd_nemo.models.roles import ROLES, by_model, score_roles
 from ctpd_nemo.models.teacher import FrozenModel
 from ctpd_nemo.parallel.layout import local_device
 
 Float32Array = NDArray[np.float32]
-
-
-ROLES = ("reference", "positive", "negative")
 
 
 @dataclass
@@ -44,11 +43,18 @@ class ScoreConfig:
     Attributes:
         cache: Folder of the span score cache.
         reference: Hugging Face folder of the model that is the reference; ``None`` leaves the role for another job.
-        positive: The teacher trained by DPO, likewise.
-        negative: The teacher trained on swapped pairs, likewise.
+        positive: The reference's family trained by DPO, likewise.
+        negative: The same trained on swapped pairs, likewise.
+        margin: Also keep the margins of the reference, for ``weights: single_teacher``; in the same forward pass.
+        student: The model that is the student before it is trained, on its own tokens of the shared spans, likewise.
+        student_positive: The student trained by DPO, likewise.
+        student_negative: The student trained on swapped pairs, likewise.
+        spans: "shared" by student and teacher, of which roles read the teacher's tokens but for the three of the
+            student; or the policy's "own" tokens, each a span, for DPO and TIS-DPO. ``None``: shared where the policy
+            is the student, own where it is the teacher.
         pairs_per_shard: Pairs of one file of the cache, and what a job that is cut off does again at most.
-        together: Whether all models are held at once and the data is gone through once, or one model after the other;
-            ``None`` holds as many at once as fit.
+        together: Whether all models that read the same tokens are held at once and the data is gone through once, or
+            one model after the other; ``None`` holds as many at once as fit.
         microbatch_tokens: Tokens of a forward pass at most; ``None`` for the most that fit on a GPU, and for
             ``data.microbatch_tokens`` on a CPU, which is no faster with more. Scores do not depend on it beyond
             rounding.
@@ -59,6 +65,11 @@ class ScoreConfig:
     reference: str | None = None
     positive: str | None = None
     negative: str | None = None
+    margin: bool = False
+    student: str | None = None
+    student_positive: str | None = None
+    student_negative: str | None = None
+    spans: str | None = None
     pairs_per_shard: int = 512
     together: bool | None = None
     microbatch_tokens: int | None = None
@@ -68,7 +79,11 @@ class ScoreConfig:
         if not self.cache:
             raise InputError("method.cache", "nothing", "a folder for the scores")
         if not self.folders():
-            raise InputError("method", "no model", "a folder for one or more of " + ", ".join(ROLES))
+            raise InputError("method", "no model", "a folder for one or more of " + ", ".join(by_model(ROLES)))
+        if self.margin and not self.reference:
+            raise InputError("method.margin", "true without method.reference", "the model whose margins are to be kept")
+        if self.spans not in (None, "shared", "own"):
+            raise InputError("method.spans", repr(self.spans), "shared or own")
         for name in ("pairs_per_shard", "microbatch_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,7 +91,23 @@ class ScoreConfig:
 
     def folders(self) -> dict[str, str]:
         """The folder of each role that is to be scored."""
-        return {role: getattr(self, role) for role in ROLES if getattr(self, role)}
+        models = {name: getattr(self, role.margin_of or name) for name, role in ROLES.items()}
+        return {name: folder for name, folder in models.items() if folder and getattr(self, name)}
+
+    def two_sided(self, policy: str) -> bool:
+        """Whether spans are those that student and teacher share.
+
+        Raises:
+            InputError: Such spans of a teacher alone, or a role that only they have.
+        """
+        if self.spans == "shared" and policy != "student":
+            raise InputError("method.spans", f"'shared' with policy {policy}", "own, or policy student")
+        two_sided = policy == "student" and self.spans != "own"
+        for role in self.folders():
+            if not two_sided and ROLES[role].side == "policy":
+                expected = "reference, positive or negative: with spans of its own there is one side"
+                raise InputError(f"method.{role}", "a folder", expected)
+        return two_sided
 
 
 class ScoreSink(Protocol):
@@ -115,7 +146,7 @@ class Scorer(ModelPT):
     ) -> None:
         """Args:
         run: The configuration; parallel layout and precision are the scored models'.
-        folders: Hugging Face folder of each role.
+        folders: Hugging Face folder of each role; the models of all of them read the same tokens.
         shards: From data-parallel rank and size and the tokens of a microbatch to a loader of the shards that this
             replica does, one an item.
         budget: From the models to the tokens of a microbatch; all ranks call it together.
@@ -136,8 +167,8 @@ class Scorer(ModelPT):
 
     def configure_model(self) -> None:
         """Read the frozen models; Lightning calls it when the process groups are there."""
-        for role, folder in self.folders.items():
-            self.models[role] = FrozenModel(folder, self.run.parallel, self.run.precision)
+        for name, roles in by_model(self.folders).items():
+            self.models[name] = FrozenModel(self.folders[roles[0]], self.run.parallel, self.run.precision)
         self.microbatch_tokens = self.budget(self.models)
         self.started = time.perf_counter()
 
@@ -151,12 +182,12 @@ class Scorer(ModelPT):
     def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score one shard and hand it to the sink."""
         self.stats += batch.stats
-        for role, model in self.models.items():
-            scores = model.score(batch.microbatches)
+        microbatches = batch.microbatches
+        # All models of a pass read the same side, which these are of.
+        found = score_roles(self.models, self.folders, {"policy": microbatches, "reference": microbatches})
+        for role, scores in found.items():
             if scores and _speaks_for_replica():
-                pairs = [
-                    pair for spans, part in zip(batch.microbatches, scores, strict=True) for pair in _pairs(spans, part)
-                ]
+                pairs = [pair for spans, part in zip(microbatches, scores, strict=True) for pair in _pairs(spans, part)]
                 pairs.sort(key=lambda pair: pair[0])
                 self.sink(
                     role, batch.step, [row for row, *_ in pairs], [(chosen, rejected) for _, chosen, rejected in pairs]
@@ -183,8 +214,14 @@ class Scorer(ModelPT):
         """Nothing is validated."""
 
 
-def forward_budget(models: Mapping[str, FrozenModel], data: RunData, pairs_per_shard: int) -> int:
+def forward_budget(models: Mapping[str, FrozenModel], data: RunData, side: SideName, pairs_per_shard: int) -> int:
     """Tokens of a forward pass at most, alike on every rank: as configured, or on a GPU as many as fit.
+
+    Args:
+        models: All that are held.
+        data: Of the job.
+        side: Whose tokens they read.
+        pairs_per_shard: Pairs of one file of the cache.
 
     Raises:
         InputError: Not even ``data.microbatch_tokens`` fit.
@@ -193,7 +230,7 @@ def forward_budget(models: Mapping[str, FrozenModel], data: RunData, pairs_per_s
     if run.method.microbatch_tokens is not None or device.type == "cpu":
         return run.method.microbatch_tokens or run.data.microbatch_tokens
     rows = range(min(pairs_per_shard, len(data.train)))
-    most = int(data.source("train").lengths(rows, "reference", ("chosen", "rejected"))[0].sum())
+    most = int(data.source("train").lengths(rows, side, ("chosen", "rejected"))[0].sum())
     if run.parallel.pipeline > 1:
         # The pipeline is full only while there are several microbatches a stage.
         most //= 4 * run.parallel.pipeline

@@ -1,6 +1,7 @@
 """A frozen model that scores spans: the teacher beside the student, or alone in a scoring job."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.models.cost import stage_parameters
-from ctpd_nemo.models.forward import StepLoss, run_microbatches
+from ctpd_nemo.models.forward import OutputReader, StepLoss, run_microbatches, span_logprobs
 from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, local_device
 from ctpd_nemo.parallel.precision import PrecisionConfig
@@ -47,11 +48,16 @@ class FrozenModel:
 
         Every rank of the layout calls this together, with as many microbatches.
         """
-        spans: list[Tensor] = []
+        return self.read(microbatches, span_logprobs)
 
-        def collect(logprob_S: Tensor, microbatch: Microbatch) -> StepLoss:
-            spans.append(logprob_S)
-            return StepLoss(total=logprob_S.sum(), count=0)
+    def read(self, microbatches: Sequence[Microbatch], reader: OutputReader) -> list[Any]:
+        """What a reader makes of the output of each microbatch, likewise."""
+        found: list[Any] = []
 
-        run_microbatches(self.chunks, microbatches, self.architecture.vocab_size, collect, True, local_device())
-        return spans[: len(microbatches)]
+        def collect(output: Any, microbatch: Microbatch) -> StepLoss:
+            found.append(output)
+            return StepLoss(total=torch.zeros((), device=local_device()), count=0)
+
+        vocab_size, device = self.architecture.vocab_size, local_device()
+        run_microbatches(self.chunks, microbatches, vocab_size, collect, True, device, reader)
+        return found[: len(microbatches)]

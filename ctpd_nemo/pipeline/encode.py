@@ -39,7 +39,7 @@ def encode(config: DictConfig) -> list[Path]:
             if f"model.{side}.path" in stage.inputs:
                 getattr(run.model, side).path = config.model[side].path
         method = METHODS.get(run.method.name)
-        two_sided = run.policy == "student" if method is None else method.two_sided
+        two_sided = run.method.two_sided(run.policy) if method is None else method.two_sided
         data = RunData(run, ("chosen", "rejected"), two_sided)
         if run.data.encoded is None:
             raise InputError("data.encoded", "null", "auto, or a folder for the encoded datasets")

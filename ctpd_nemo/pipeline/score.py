@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch import Trainer
 
 from ctpd_nemo.convert.architecture import read_architecture
+from ctpd_nemo.data.encode import SideName
 from ctpd_nemo.data.loader import StepDataset, StepLoader
 from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
@@ -20,6 +21,7 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.forward import sum_over_data_parallel
 from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
+from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
 from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
@@ -35,8 +37,8 @@ logger = logging.getLogger(__name__)
 def score(run: RunConfig) -> Path:
     """Score every span of ``data.train`` under the models of ``run.method``, and return the cache.
 
-    With ``policy: student`` the spans are those that student and teacher share and the teacher's tokens are scored.
-    With ``policy: teacher`` the spans are the teacher's own tokens.
+    With ``policy: student`` the spans are those that student and teacher share, unless ``method.spans`` is "own"; each
+    role scores its side's tokens. With ``policy: teacher`` the spans are the teacher's own tokens.
 
     Raises:
         InputError: The configuration, data or weights cannot be used, or the cache that is there is of something else.
@@ -49,12 +51,13 @@ def score(run: RunConfig) -> Path:
     if run.parallel.overlap_tensor:
         raise InputError("parallel.overlap_tensor", "true", "false: microbatches are as large as fit when scoring")
     cache, folders = Path(str(method.cache)), method.folders()
-    data = RunData(run, ("chosen", "rejected"), two_sided=run.policy == "student")
+    data = RunData(run, ("chosen", "rejected"), two_sided=method.two_sided(run.policy))
     multiples = data.batching.pad_to_multiple, data.batching.sequence_multiple
     if method.microbatch_tokens is not None:
         check_budget(method.microbatch_tokens, run.data.max_length, *multiples, place="method.microbatch_tokens")
-    for folder in folders.values():
-        check_vocabulary(data.encoder.reference, read_architecture(folder).vocab_size, folder)
+    for role, folder in folders.items():
+        side = data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference
+        check_vocabulary(side, read_architecture(folder).vocab_size, folder)
     initialize(run.parallel, run.seed)
     writer = ScoreWriter(
         cache,
@@ -80,13 +83,18 @@ def score(run: RunConfig) -> Path:
 
 
 def _passes(run: RunConfig, folders: Mapping[str, str]) -> list[list[str]]:
-    """The roles of each pass over the data, alike on every rank."""
+    """The roles of each pass over the data, alike on every rank; models that read other tokens have other passes."""
     if not folders:
         return []
-    weights = [weight_bytes(read_architecture(folder), run.parallel, run.precision) for folder in folders.values()]
-    roles = list(folders)
-    chosen = model_passes(weights, least_of_all_ranks(free_bytes()), run.method.together)
-    return [[roles[number] for number in numbers] for numbers in chosen]
+    free, passes = least_of_all_ranks(free_bytes()), []
+    models = by_model(folders)
+    for side in ("reference", "policy"):
+        names = [name for name in models if ROLES[name].side == side]
+        architectures = [read_architecture(folders[models[name][0]]) for name in names]
+        weights = [weight_bytes(architecture, run.parallel, run.precision) for architecture in architectures]
+        chosen = model_passes(weights, free, run.method.together)
+        passes += [[role for number in numbers for role in models[names[number]]] for numbers in chosen if numbers]
+    return passes
 
 
 def _pass(
@@ -94,22 +102,24 @@ def _pass(
 ) -> None:
     """Score the missing shards under the models that are held together."""
     pairs_per_shard = data.run.method.pairs_per_shard
+    models = by_model(folders)
+    side = ROLES[next(iter(models))].side
 
     def shards(dp_rank: int, dp_size: int, microbatch_tokens: int) -> StepLoader:
-        return _loader(data, pairs_per_shard, missing[dp_rank::dp_size], microbatch_tokens)
+        return _loader(data, side, pairs_per_shard, missing[dp_rank::dp_size], microbatch_tokens)
 
     def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
         ids = [data.train[row].id for row in rows]
         writer.write(role, shard, [PairScores(id_, *pair) for id_, pair in zip(ids, scores, strict=True)])
 
     def budget(models: Mapping[str, FrozenModel]) -> int:
-        return forward_budget(models, data, pairs_per_shard)
+        return forward_budget(models, data, side, pairs_per_shard)
 
     scorer = Scorer(data.run, folders, shards, budget, sink, trainer)
     trainer.predict(scorer, return_predictions=False)
     # Every replica is done when the counts are summed.
     stats = sum_over_data_parallel(scorer.stats, local_device())
-    rate = len(folders) * stats.tokens / (time.perf_counter() - scorer.started)
+    rate = len(models) * stats.tokens / (time.perf_counter() - scorer.started)
     logger.info(
         "%s: scored %s; %s in one pass, %d tokens a microbatch, %.0f tokens/s",
         writer.folder,
@@ -121,8 +131,10 @@ def _pass(
     scorer.release()
 
 
-def _loader(data: RunData, pairs_per_shard: int, shards: Sequence[int], microbatch_tokens: int) -> StepLoader:
-    batching = dataclasses.replace(data.batching, side="reference", microbatch_tokens=microbatch_tokens)
+def _loader(
+    data: RunData, side: SideName, pairs_per_shard: int, shards: Sequence[int], microbatch_tokens: int
+) -> StepLoader:
+    batching = dataclasses.replace(data.batching, side=side, microbatch_tokens=microbatch_tokens)
     plan = StepPlan.in_order(len(data.train), pairs_per_shard)
     return StepLoader(
         StepDataset(data.train, data.encoder, plan, batching, encoded=data.encoded.get("train")),  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The span score cache: what the teachers say of every span, computed once.
+"""The span score cache: what frozen models say of every span, computed once.
 
-A folder of ``manifest.json`` and Parquet shards, a set of shards for each role (reference, positive, negative)::
+A folder of ``manifest.json`` and Parquet shards, a set of shards for each role (``models.roles``)::
 
     manifest.json
     reference-00000.parquet     pair_id: string, chosen: list<float>, rejected: list<float>
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.ctpd import CTPDConfig
+from ctpd_nemo.models.weighted import WeightedConfig
+from ctpd_nemo.models.weighting import Weighting
 
 FINGERPRINTS = (
     "data",
@@ -135,7 +136,7 @@ class ScoreWriter:
 
 
 class ScoreReader:
-    """Scores by pair id, with the importance weights that CTPD makes of them; goes to dataloader workers.
+    """Scores of pairs, with the importance weights that a method makes of them; goes to dataloader workers.
 
     Attributes:
         fingerprint: A name for what the scores were computed from, weights of the teachers included.
@@ -146,7 +147,9 @@ class ScoreReader:
         folder: str | Path,
         fingerprints: Mapping[str, str],
         teacher_weights: Mapping[str, str],
-        method: CTPDConfig | None = None,
+        method: WeightedConfig | None = None,
+        seed: int = 0,
+        more: Sequence[str | Path] = (),
     ) -> None:
         """Open a cache and check that it belongs to a run.
 
@@ -156,32 +159,40 @@ class ScoreReader:
             teacher_weights: Fingerprint of the weights of each role whose folder the run names; the weights
                 themselves need not be there to train.
             method: How to weigh spans; ``None`` for weights of 1 (DPO).
+            seed: Of the run, for weights that are drawn.
+            more: Other caches, for roles that the first does not hold.
 
         Raises:
             InputError: No cache, a role or shard that is missing, or scores of something else.
         """
         self.folder = Path(folder)
-        self._method = method
-        manifest = read_manifest(self.folder)
-        _compare_fingerprints(self.folder, manifest["fingerprints"], fingerprints)
-        roles = method.roles() if method is not None else ("reference",)
-        teachers = [manifest["teacher_weights"].get(role) for role in roles]
-        self.fingerprint = _digest([manifest["fingerprints"], teachers])
+        self._weighting = Weighting() if method is None else method.weighting(seed)
+        self._roles = ("reference",) if method is None else method.roles()
+        manifests = {place: read_manifest(place) for place in (self.folder, *map(Path, more))}
+        for place, manifest in manifests.items():
+            _compare_fingerprints(place, manifest["fingerprints"], fingerprints)
+        self._folders: dict[str, Path] = {}
         self._tables: dict[str, pa.Table] = {}
-        for role in roles:
-            weights = manifest["teacher_weights"].get(role)
-            if weights is None:
-                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(manifest['teacher_weights'])}", role)
-            _compare(self.folder, f"teacher_weights.{role}", weights, teacher_weights.get(role, weights))
-            self._tables[role] = self._read_role(role, manifest["shards"])
+        digests = []
+        for role in self._roles:
+            place = next((place for place in manifests if role in manifests[place]["teacher_weights"]), None)
+            if place is None:
+                held = sorted({role for manifest in manifests.values() for role in manifest["teacher_weights"]})
+                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {held}", role)
+            weights = manifests[place]["teacher_weights"][role]
+            _compare(place, f"teacher_weights.{role}", weights, teacher_weights.get(role, weights))
+            digests.append(weights)
+            self._folders[role] = place
+            self._tables[role] = self._read_role(role, manifests[place]["shards"])
+        self.fingerprint = _digest([manifests[self.folder]["fingerprints"], digests])
         self._rows = {role: _rows_by_id(table) for role, table in self._tables.items()}
 
     def _read_role(self, role: str, n_shards: int) -> pa.Table:
-        tables = []
+        tables, folder = [], self._folders[role]
         for shard in range(n_shards):
-            path = _shard_path(self.folder, role, shard)
+            path = _shard_path(folder, role, shard)
             if not path.exists():
-                raise InputError(str(self.folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
+                raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
             except (pa.ArrowException, OSError) as error:
@@ -194,10 +205,10 @@ class ScoreReader:
         return pa.concat_tables(tables).combine_chunks()
 
     def __len__(self) -> int:
-        return len(self._rows["reference"])
+        return len(self._rows[self._roles[0]])
 
     def __contains__(self, pair_id: object) -> bool:
-        return pair_id in self._rows["reference"]
+        return pair_id in self._rows[self._roles[0]]
 
     def pair_scores(self, role: str, pair_id: str) -> PairScores:
         """Span log-probs of a pair under one of the models that the weights are made of.
@@ -207,45 +218,38 @@ class ScoreReader:
         """
         return self._pair(role, pair_id)
 
-    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
+    def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
 
         Raises:
-            InputError: The cache does not hold the pair, a score is not finite, or the roles differ in spans.
+            InputError: The cache does not hold the pair, a score is not finite, or there are not as many as spans.
         """
-        reference = self._pair("reference", pair_id)
-        if self._method is None or "positive" not in self._tables:
-            return (
-                reference.chosen,
-                reference.rejected,
-                np.ones_like(reference.chosen),
-                np.ones_like(reference.rejected),
-            )
-        positive, negative = self._pair("positive", pair_id), self._pair("negative", pair_id)
-        for role, pair in (("positive", positive), ("negative", negative)):
-            spans, expected = ([len(scored.chosen), len(scored.rejected)] for scored in (pair, reference))
-            if spans != expected:
-                place = f"{self.folder}, {role}, pair {pair_id!r}"
-                raise InputError(place, f"{spans} spans", f"{expected}, as the reference has")
-        chosen, rejected = (
-            self._method.span_weights(torch.from_numpy(up), torch.from_numpy(down), sign).numpy()
-            for up, down, sign in (
-                (positive.chosen, negative.chosen, 1.0),
-                (positive.rejected, negative.rejected, -1.0),
-            )
-        )
-        return reference.chosen, reference.rejected, chosen, rejected
+        scored = {role: self._pair(role, pair.id) for role in self._roles}
+        reference = scored[self._roles[0]]
+        spans = {role: [len(scores.chosen), len(scores.rejected)] for role, scores in scored.items()}
+        for role, found in spans.items():
+            if found != spans[self._roles[0]]:
+                place = f"{self._folders[role]}, {role}, pair {pair.id!r}"
+                raise InputError(place, f"{found} spans", f"{spans[self._roles[0]]}, as the reference has")
+        expected = [pair.chosen.n_spans, pair.rejected.n_spans]
+        if spans[self._roles[0]] != expected:
+            place = f"{self.folder}, {self._roles[0]}, pair {pair.id!r}"
+            raise InputError(place, f"{spans[self._roles[0]]} spans", f"{expected}, as the responses have")
+        both = {role: (scores.chosen, scores.rejected) for role, scores in scored.items()}
+        return reference.chosen, reference.rejected, *self._weighting.pair_weights(both, pair)
 
     def _pair(self, role: str, pair_id: str) -> PairScores:
         row = self._rows[role].get(pair_id)
         if row is None:
-            raise InputError(f"{self.folder}, {role}", f"no pair {pair_id!r}", "scores of every pair of the data")
+            raise InputError(
+                f"{self._folders[role]}, {role}", f"no pair {pair_id!r}", "scores of every pair of the data"
+            )
         table = self._tables[role]
         chosen, rejected = (
             table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32) for name in ("chosen", "rejected")
         )
         pair = PairScores(pair_id, chosen, rejected)
-        _check_finite(f"{self.folder}, {role}", pair)
+        _check_finite(f"{self._folders[role]}, {role}", pair)
         return pair
 
 

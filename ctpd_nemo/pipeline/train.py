@@ -12,6 +12,9 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.models.roles import ROLES
+from ctpd_nemo.models.weighted import WeightedConfig
+from ctpd_nemo.models.weighting import SpanDraws
 from ctpd_nemo.parallel.checkpoint import find_checkpoints
 from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.callbacks import Checkpointing, DataReport, MetricLog
@@ -40,11 +43,15 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     if method is None:
         raise InputError("method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
     reference = getattr(run.method, "reference", None)
-    data = RunData(run, method.responses, method.two_sided, online=method.two_sided and reference == "online")
+    weighted = run.method if isinstance(run.method, WeightedConfig) else None
+    online = reference == "online" and method.two_sided and weighted is not None and "reference" in weighted.sides()
+    data = RunData(run, method.responses, method.two_sided, online=online)
     initialize(run.parallel, run.seed)
     use_encoded(data)
     if reference == "cache":
-        data.scores = _open_scores(run, data, method.two_sided)
+        data.scores = _open_scores(run, data)
+    elif weighted is not None and weighted.weighting(run.seed).draws:
+        data.scores = SpanDraws(run.seed)
     data.weights = weights_fingerprints(_starting_weights(run, data))
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
@@ -67,25 +74,24 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
 
 def _starting_weights(run: RunConfig, data: RunData) -> dict[str, str]:
     """The folders whose weights the numbers of a run depend on, but for those that a score cache speaks for."""
-    folders = {"policy": data.policy_path}
-    if data.batching.online:
-        named = {"reference": run.model.teacher.path}
-        named |= {role: getattr(run.method, role, None) for role in ("positive", "negative")}
-        folders |= {role: folder for role, folder in named.items() if folder}
-    return folders
+    online = run.method.online_folders(run) if isinstance(run.method, WeightedConfig) else {}
+    return {"policy": data.policy_path, **online}
 
 
-def _open_scores(run: RunConfig, data: RunData, two_sided: bool) -> ScoreReader:
+def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
     """The score cache, checked against this run, and against the weights of every scored model that it names."""
     method = run.method
-    folders = {"reference": run.model.teacher.path if two_sided else data.policy_path}
-    if two_sided:
-        folders |= {"positive": method.positive, "negative": method.negative}
+    weighted = method if isinstance(method, WeightedConfig) else None
+    models = {"reference": data.policy_path} if weighted is None else weighted.folders(run)
+    folders = {name: models.get(role.margin_of or name) for name, role in ROLES.items()}
+    second = getattr(method, "student_scores", None)
     return ScoreReader(
         method.scores,
         score_fingerprints(data, method.scoring_precision or run.precision.name),
         weights_fingerprints({role: folder for role, folder in folders.items() if folder}),
-        method if two_sided else None,
+        weighted,
+        run.seed,
+        [second] if second else [],
     )
 
 

@@ -36,8 +36,8 @@ class Scores:
         self.pairs = {pair.id: pair for pair in pairs}
         self.missing = missing
 
-    def lookup(self, pair_id: str) -> tuple[Any, ...]:
-        pair = self.pairs[pair_id]
+    def lookup(self, pair: EncodedPair) -> tuple[Any, ...]:
+        pair = self.pairs[pair.id]
         chosen = pair.index * 1000 + np.arange(pair.chosen.n_spans, dtype=np.float32)
         rejected = -(pair.index * 1000 + np.arange(pair.rejected.n_spans - self.missing, dtype=np.float32))
         return chosen, rejected, chosen / 10, rejected / 10

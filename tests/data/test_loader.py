@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encode import EncodedPair, PairEncoder
 from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.data.loader import Batching, StepBatch, StepStats, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
@@ -126,8 +126,8 @@ def test_bad_input_in_a_worker_stops_with_the_same_error(dataset: PreferenceData
 
 
 class NoScores:
-    def lookup(self, pair_id: str) -> Any:
-        raise InputError(f"scores of pair {pair_id!r}", "no scores", "a cache of this data")
+    def lookup(self, pair: EncodedPair) -> Any:
+        raise InputError(f"scores of pair {pair.id!r}", "no scores", "a cache of this data")
 
 
 def test_a_pair_that_does_not_fit_is_counted_and_the_batch_is_smaller(

@@ -78,15 +78,15 @@ def test_logits_of_one_chunk_exist_at_a_time_and_the_last_are_made_once(
 ) -> None:
     monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", tokens_at_once * VOCAB + 3)
     sizes, storages = [], set()
-    real = logprobs._LogitProduct.__call__
+    real = logprobs.LogitProduct.__call__
 
-    def recorded(product: logprobs._LogitProduct, hidden: Tensor, out: Tensor) -> Tensor:
+    def recorded(product: logprobs.LogitProduct, hidden: Tensor, out: Tensor) -> Tensor:
         logits = real(product, hidden, out)
         sizes.append(logits.numel())
         storages.add(logits.untyped_storage().data_ptr())
         return logits
 
-    monkeypatch.setattr(logprobs._LogitProduct, "__call__", recorded)
+    monkeypatch.setattr(logprobs.LogitProduct, "__call__", recorded)
     chunked(*case())
     assert len(sizes) == products
     assert max(sizes) <= tokens_at_once * VOCAB

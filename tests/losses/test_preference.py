@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctpd_nemo.losses.preference import preference_loss, span_weights
+from ctpd_nemo.losses.preference import preference_loss
 from ctpd_nemo.losses.spans import sum_by
 
 # Spans of 3 pairs, responses of a pair not side by side: 0 against 3, 4 against 1, 2 against 5.
@@ -107,21 +107,6 @@ def test_no_pairs_cost_nothing() -> None:
     loss = preference_loss(policy, torch.zeros(0), torch.zeros(0), none, none, none, BETA)
     loss.total.backward()
     assert float(loss.total) == 0
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-@pytest.mark.parametrize(("ratio", "clamped"), [(-3.0, -0.5), (-0.5, -0.5), (0.0, 0.0), (0.7, 0.7), (9.0, 1.5)])
-def test_span_weight_is_the_exponential_of_the_clamped_ratio(sign: float, ratio: float, clamped: float) -> None:
-    positive = torch.tensor([-2.0], dtype=torch.float64)
-    weight = span_weights(positive, positive - ratio, sign, scale=1.7)
-    assert float(weight) == pytest.approx(1.7 * math.exp(sign * clamped), rel=1e-12)
-
-
-def test_clamp_limits_and_signs_can_be_given_span_by_span() -> None:
-    weights = span_weights(
-        torch.tensor([0.0, 0.0, 5.0]), torch.zeros(3), torch.tensor([1.0, -1.0, -1.0]), 1.0, -2.0, 2.0
-    )
-    assert weights.tolist() == pytest.approx([1.0, 1.0, math.exp(-2.0)], rel=1e-6)
 
 
 def test_sum_by_adds_what_shares_an_index_in_any_order() -> None:

@@ -1,0 +1,108 @@
+"""The best other token against a brute-force search of the whole vocabulary in fp64, alone and over ranks."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ctpd_nemo.losses import logprobs
+from ctpd_nemo.losses.logprobs import token_logprobs
+from ctpd_nemo.losses.margins import label_and_best_other
+
+VOCAB, HIDDEN, TOKENS = 37, 12, 61
+
+
+def case(rows: int = VOCAB, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight, labels; every third label is the likeliest token, and padding would win if it could."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = scale * torch.randn(TOKENS, HIDDEN, generator=draw)
+    weight = torch.randn(rows, HIDDEN, generator=draw)
+    weight[VOCAB:] *= 50
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=draw)
+    labels[::3] = (hidden @ weight[:VOCAB].T).argmax(1)[::3]
+    return hidden, weight, labels
+
+
+def brute_force(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    every = torch.log_softmax(hidden.double() @ weight[:VOCAB].double().T, dim=1)
+    rows = zip(every.tolist(), labels.tolist(), strict=True)
+    others = [max(value for word, value in enumerate(row) if word != label) for row, label in rows]
+    return every.gather(1, labels[:, None]).squeeze(1), torch.tensor(others, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("chunk", [1, VOCAB * 7, 2**24], ids=["1 a chunk", "7 a chunk", "one chunk"])
+@pytest.mark.parametrize("rows", [VOCAB, VOCAB + 6], ids=["exact", "padded"])
+@pytest.mark.parametrize("scale", [1.0, 30.0], ids=["plain", "peaked"])
+def test_label_and_best_other_are_those_of_a_search(
+    chunk: int, rows: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(logprobs.CHUNK_LOGITS, "cpu", chunk)
+    inputs = case(rows, scale)
+    found, expected = label_and_best_other(*inputs, VOCAB), brute_force(*inputs)
+    for mine, true in zip(found, expected, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5 * scale)
+    margins = found[0] - found[1]
+    assert (margins[::3] > 0).all()
+    assert (margins < 0).any()
+
+
+def test_log_probs_of_labels_are_those_that_training_has() -> None:
+    inputs = case()
+    torch.testing.assert_close(label_and_best_other(*inputs, VOCAB)[0], token_logprobs(*inputs, VOCAB))
+
+
+def test_a_tie_is_a_margin_of_zero() -> None:
+    weight = torch.zeros(3, 2)
+    weight[:2] = 1.0
+    label, other = label_and_best_other(torch.ones(2, 2), weight, torch.tensor([0, 2]), 3)
+    assert (label - other).tolist() == pytest.approx([0.0, -2.0])
+
+
+def test_no_tokens_have_no_margins() -> None:
+    hidden, weight, labels = case()
+    assert [len(part) for part in label_and_best_other(hidden[:0], weight, labels[:0], VOCAB)] == [0, 0]
+
+
+# Ranks and rows of each: one row of padding at the end of the second; a third rank that holds padding only.
+SHARED = ((2, 19), (3, 19))
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    logprobs.CHUNK_LOGITS["cpu"] = 5 * 19
+    for world, rows in SHARED:
+        group = dist.new_group(list(range(world)))
+        if rank < world:
+            hidden, weight, labels = case(rows=rows * world)
+            share = weight[rank * rows : (rank + 1) * rows]
+            torch.save(label_and_best_other(hidden, share, labels, VOCAB, group), f"{folder}/{world}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def over_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what each of three processes computes; they start once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, str(folder)), daemon=True) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    return folder
+
+
+@pytest.mark.parametrize(("world", "rows"), SHARED, ids=["two ranks", "three ranks, one of padding only"])
+def test_over_ranks_they_are_those_of_the_whole_vocabulary(world: int, rows: int, over_ranks: Path) -> None:
+    expected = brute_force(*case(rows=rows * world))
+    for rank in range(world):
+        for mine, true in zip(torch.load(over_ranks / f"{world}-{rank}.pt"), expected, strict=True):
+            torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-5)
