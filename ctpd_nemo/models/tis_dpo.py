@@ -29,4 +29,4 @@ class TISDPOConfig(WeightedConfig):
 
 
 class TISDPO(WeightedPreferenceModel):
-    """The policy against its own beginning; every token of its own is a span."""
+    """The policy against its own beginning; its own tokens are the spans, one that covers no text with the next."""

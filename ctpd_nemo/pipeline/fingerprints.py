@@ -13,7 +13,13 @@ def weights_fingerprints(folders: Mapping[str, str]) -> dict[str, str]:
     Raises:
         InputError: A folder without weights.
     """
-    return on_rank_0(lambda: {role: weights_fingerprint(folder) for role, folder in folders.items()})
+
+    def read() -> dict[str, str]:
+        # A folder in two roles is read once.
+        prints = {folder: weights_fingerprint(folder) for folder in dict.fromkeys(folders.values())}
+        return {role: prints[folder] for role, folder in folders.items()}
+
+    return on_rank_0(read)
 
 
 def score_fingerprints(data: RunData, precision: str) -> dict[str, str]:

@@ -83,7 +83,8 @@ def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
     method = run.method
     weighted = method if isinstance(method, WeightedConfig) else None
     models = {"reference": data.policy_path} if weighted is None else weighted.folders(run)
-    folders = {name: models.get(role.margin_of or name) for name, role in ROLES.items()}
+    roles = ("reference",) if weighted is None else weighted.roles()
+    folders = {name: models[ROLES[name].margin_of or name] for name in roles}
     second = getattr(method, "student_scores", None)
     return ScoreReader(
         method.scores,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed import plain
-from tests.distributed.jobs import CTPD_BETA, LAYOUTS, NUM_STEPS, OPTIM, layout_jobs
+from tests.distributed import plain, plain_weights
+from tests.distributed.jobs import CTPD_BETA, LAYOUTS, NUM_STEPS, OPTIM, VARIANTS, layout_jobs
 from tests.distributed.launch import launch
 from tests.distributed.resume_jobs import continued_jobs, cut_jobs, stored_jobs
 from tests.distributed.world import GLOBAL_BATCH, build_world
@@ -73,24 +73,31 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> Launches:
 def plain_run(launches: Launches) -> Callable[[str], plain.Trained]:
     """``plain_run(method)`` trains by plain PyTorch, once."""
     home, done = launches.home, {}
-    folders = {name: home / name for name in ("student", "teacher", "positive", "negative")}
-    ctpd = partial(
-        plain.Method,
-        folders["student"],
-        folders["teacher"],
-        (folders["positive"], folders["negative"]),
-        beta=CTPD_BETA,
-    )
+    folders = {name: home / name for name in ("student", "teacher")}
+
+    def ctpd(weights: str = "contrastive_teacher", reference_model: str = "teacher") -> plain.Method:
+        return plain.Method(
+            folders["student"],
+            folders["teacher"],
+            partial(plain_weights.weights, weights, home),
+            at_policy=reference_model == "student",
+            beta=CTPD_BETA,
+        )
+
     methods = {
         "sft": lambda: plain.Method(folders["teacher"]),
         "dpo": lambda: plain.Method(folders["student"], folders["student"]),
         "dpo_reverse": lambda: plain.Method(folders["teacher"], folders["teacher"], beta=0.3, reverse=True),
         "ctpd": ctpd,
+        **{name: partial(ctpd, **values) for name, values in VARIANTS.items()},
+        "tis_dpo": lambda: plain.Method(
+            folders["student"], folders["student"], partial(plain_weights.token_weights, home), beta=CTPD_BETA
+        ),
         "same": lambda: plain.Method(folders["student"], folders["student"], beta=CTPD_BETA),
     }
 
     def trained(name: str) -> plain.Trained:
-        name = "ctpd" if name == "online" else name
+        name = "ctpd" if name == "online" else name.removesuffix("-online").removesuffix("-cached")
         if name not in done:
             done[name] = plain.train(methods[name](), home / "pairs.jsonl", GLOBAL_BATCH, OPTIM, NUM_STEPS)
         return done[name]

@@ -14,6 +14,28 @@ NUM_STEPS = 2
 CTPD_BETA = 0.03
 
 _COMMON = ("score", "sft", "dpo", "ctpd", "online")
+# CTPD with another weighting or reference; each is trained from the cache, and with "-online" with models beside it.
+VARIANTS: dict[str, dict[str, str]] = {
+    **{
+        name: {"weights": name}
+        for name in (
+            "contrastive_student",
+            "teacher_student",
+            "single_teacher",
+            "average",
+            "random",
+            "uniform",
+            "constant",
+            "shuffled",
+        )
+    },
+    "student_reference": {"reference_model": "student"},
+    "student_only": {"reference_model": "student", "weights": "contrastive_student"},
+}
+_VARIANTS = ("score", *VARIANTS, *(f"{name}-online" for name in VARIANTS))
+_TIS_DPO = ("score_own", "tis_dpo", "tis_dpo-cached")
+# What reads the vocabulary anew, tokens of both sides, and the policy's own.
+_FEW_VARIANTS = ("single_teacher-online", "contrastive_student-online", "teacher_student")
 
 
 @dataclass(frozen=True)
@@ -23,7 +45,8 @@ class Layout:
     Attributes:
         processes: How many there are.
         parallel: Values of ``ParallelConfig``.
-        methods: Names of jobs, see ``method``; ``ctpd`` reads the scores of this layout's ``score``, or of ``one``'s.
+        methods: Names of jobs, see ``method``; ``ctpd`` and its kin read the scores of this layout's ``score``, or of
+            ``one``'s.
         packing: "packed", or "padded" with one pair a microbatch.
         precision: "fp32" or "bf16".
         encoded: Whether pairs are encoded ahead, by the first process while the others wait.
@@ -40,19 +63,24 @@ class Layout:
 
 
 LAYOUTS = {
-    "one": Layout(1, methods=(*_COMMON, "dpo_reverse", "same"), packing="padded"),
+    "one": Layout(1, methods=(*_COMMON, "dpo_reverse", "same", *_VARIANTS[1:], *_TIS_DPO), packing="padded"),
     "one-packed": Layout(1, {"distributed_optimizer": False}),
     "one-recompute-full": Layout(1, {"recompute": "full"}, ("ctpd",)),
     "one-recompute-selective": Layout(1, {"recompute": "selective"}, ("ctpd",)),
     "one-bf16": Layout(1, methods=("dpo", "online"), precision="bf16"),
-    "tp2": Layout(2, {"tensor": 2}),
-    "pp2": Layout(2, {"pipeline": 2}),
+    "tp2": Layout(2, {"tensor": 2}, (*_COMMON, *_FEW_VARIANTS, "tis_dpo")),
+    "pp2": Layout(2, {"pipeline": 2}, (*_COMMON, *_FEW_VARIANTS, "tis_dpo")),
     "dp2": Layout(2, methods=(*_COMMON, "score_one_shard")),
     "sp2-recompute-full": Layout(2, {"tensor": 2, "sequence": True, "recompute": "full"}, ("sft", "dpo", "ctpd")),
     "vp2": Layout(2, {"pipeline": 2, "virtual_pipeline": 2}, ("sft", "dpo", "online")),
     "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",), encoded=True),
     "cp2": Layout(2, {"context": 2}),
     "tp2pp2": Layout(4, {"tensor": 2, "pipeline": 2}, ("sft", "dpo", "ctpd", "online", "same")),
+    "one-packed-variants": Layout(1, methods=(*_VARIANTS, *_TIS_DPO), slow=True),
+    "tp2-variants": Layout(2, {"tensor": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
+    "pp2-variants": Layout(2, {"pipeline": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
+    "dp2-variants": Layout(2, {}, (*_VARIANTS, *_TIS_DPO), slow=True),
+    "cp2-variants": Layout(2, {"context": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
     "tp2-padded": Layout(2, {"tensor": 2}, packing="padded", slow=True),
     "pp2-padded": Layout(2, {"pipeline": 2}, packing="padded", slow=True),
     "dp2-padded": Layout(2, packing="padded", slow=True),
@@ -80,12 +108,23 @@ def method(home: Path, name: str, cache: Path) -> dict[str, Any]:
     """The parts of a ``RunConfig`` that make a method; models are the folders of ``world``."""
     models = {side: {"path": str(home / side)} for side in ("student", "teacher")}
     contrastive = {role: str(home / role) for role in ("positive", "negative")}
-    ctpd = {"name": "ctpd", "beta": CTPD_BETA}
+    of_student = {f"student_{role}": str(home / f"student_{role}") for role in ("positive", "negative")}
+    own_pair = {role: str(home / f"student_{role}") for role in ("positive", "negative")}
+    ctpd, tis_dpo = {"name": "ctpd", "beta": CTPD_BETA}, {"name": "tis_dpo", "beta": CTPD_BETA}
+    if name.removesuffix("-online") in VARIANTS:
+        source = {"reference": "online", **contrastive, **of_student} if "-online" in name else {"scores": str(cache)}
+        return {"method": {**ctpd, **VARIANTS[name.removesuffix("-online")], **source}, "model": models}
     return {
         "score": {
             "method": {"name": "score", "cache": str(cache), "reference": str(home / "teacher"), **contrastive}
-            | {"pairs_per_shard": 2}
+            | {"pairs_per_shard": 2, "margin": True, "student": str(home / "student"), **of_student}
         },
+        "score_own": {
+            "method": {"name": "score", "cache": f"{cache}-own", "spans": "own"}
+            | {"reference": str(home / "student"), **own_pair}
+        },
+        "tis_dpo": {"method": {**tis_dpo, **own_pair}},
+        "tis_dpo-cached": {"method": {**tis_dpo, "reference": "cache", "scores": f"{cache}-own"}},
         # More replicas than shards.
         "score_one_shard": {"method": {"name": "score", "cache": f"{cache}-one-shard", **contrastive}},
         "sft": {"method": {"name": "sft"}, "policy": "teacher"},

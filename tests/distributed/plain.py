@@ -6,6 +6,7 @@ ASCII), the loss from its formula, the update from ``torch.optim.AdamW``.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -88,33 +89,37 @@ def shared_ends(first: Tokens, second: Tokens) -> list[int]:
     return sorted((set(first.ends) & set(second.ends)) - {0})
 
 
-def span_scores(scored: Path, student: Path, teacher: Path, row: dict[str, Any], name: str) -> Tensor:
-    """Log-probs that the model ``scored``, which reads as ``teacher`` does, gives the spans shared with ``student``."""
-    sides = tokens(student, row, name), tokens(teacher, row, name)
+def span_scores(
+    scored: Path, other: Path, reader: Path, row: dict[str, Any], name: str, of: Callable[..., Tensor] = logprobs
+) -> Tensor:
+    """Sums over spans shared with ``other`` of what ``of`` finds of the model ``scored``, which reads as ``reader``."""
+    sides = tokens(other, row, name), tokens(reader, row, name)
     with torch.no_grad():
-        return span_sums(logprobs(_cached_model(scored), sides[1]), sides[1].ends, shared_ends(*sides))
+        return span_sums(of(cached_model(scored), sides[1]), sides[1].ends, shared_ends(*sides))
 
 
 @cache
-def _cached_model(folder: Path) -> PreTrainedModel:
+def cached_model(folder: Path) -> PreTrainedModel:
     return _model(folder)
 
 
 @dataclass(frozen=True)
 class Method:
-    """SFT where ``reference`` is None; DPO where it is the policy's own folder; else CTPD.
+    """SFT where ``reference`` is None; DPO or TIS-DPO where it is the policy's own folder; else CTPD.
 
     Attributes:
         policy: Folder of the model that is trained.
         reference: Folder of the model it is measured against.
-        contrastive: Folders of positive and negative teacher; None for weights of 1.
+        weights: From a row and the name of a response to the weight of each span; None for weights of 1.
+        at_policy: Whether the reference is what the policy was, on the spans shared with ``reference``.
         beta: Strength of the pull to the reference.
         reverse: Prefer the rejected response.
     """
 
     policy: Path
     reference: Path | None = None
-    contrastive: tuple[Path, Path] | None = None
+    weights: Callable[[dict[str, Any], str], Tensor] | None = None
+    at_policy: bool = False
     beta: float = 0.1
     reverse: bool = False
 
@@ -139,12 +144,9 @@ class Method:
         assert self.reference is not None
         own, other = tokens(self.policy, row, name), tokens(self.reference, row, name)
         policy = span_sums(logprobs(model, own), own.ends, shared_ends(own, other))
-        weights = torch.ones_like(policy)
-        if self.contrastive is not None:
-            up, down = (span_scores(folder, self.policy, self.reference, row, name) for folder in self.contrastive)
-            sign = 1.0 if name == "chosen" else -1.0
-            weights = torch.exp(sign * (up - down).clamp(-0.5, 1.5))
-        reference = span_scores(self.reference, self.policy, self.reference, row, name)
+        weights = torch.ones_like(policy) if self.weights is None else self.weights(row, name)
+        sides = (self.reference, self.policy) if self.at_policy else (self.policy, self.reference)
+        reference = span_scores(sides[1], *sides, row, name)
         return self.beta * (weights * (policy - reference)).sum(), policy.detach().sum()
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed import plain
 from tests.distributed.conftest import Launches
-from tests.distributed.jobs import LAYOUTS, NUM_STEPS
+from tests.distributed.jobs import LAYOUTS, NUM_STEPS, VARIANTS
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
 
 TOLERANCE = 1e-5
@@ -35,11 +35,19 @@ def job(launches: Launches, layout: str, method: str) -> Observed:
     return read(launches.layout(layout) / method)
 
 
+def at_reference(method: str) -> bool:
+    """Whether the policy begins as its reference."""
+    return method.startswith(("dpo", "same", "student_", "tis_dpo"))
+
+
 def expected_metrics(trained: plain.Trained, method: str) -> list[dict[str, float]]:
     """All metrics, but the accuracy where policy and reference are equal: every margin is zero but for rounding."""
-    at_reference = method in ("dpo", "dpo_reverse", "same")
     return [
-        {name: value for name, value in metrics.items() if not (at_reference and step == 0 and name == "accuracy")}
+        {
+            name: value
+            for name, value in metrics.items()
+            if not (at_reference(method) and step == 0 and name == "accuracy")
+        }
         for step, metrics in enumerate(trained.metrics)
     ]
 
@@ -76,9 +84,22 @@ def test_loss_and_gradients_are_those_of_one_process(layout: str, method: str, l
         assert distance(found.gradients[step], one.gradients[step]) < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", ["one", "one-packed", "tp2", "pp2", "dp2", "tp2pp2"])
-def test_cached_and_online_teachers_give_the_same_step(layout: str, launches: Launches) -> None:
-    cached, online = job(launches, layout, "ctpd"), job(launches, layout, "online")
+def _both_ways() -> list:
+    """Layout, and a job that reads scores from the cache and one that makes them, of the same method."""
+    pairs = {"ctpd": "online", "tis_dpo-cached": "tis_dpo", **{name: f"{name}-online" for name in VARIANTS}}
+    return [
+        pytest.param(name, *pair, marks=[pytest.mark.slow] if layout.slow else [], id=f"{name}-{pair[0]}")
+        for name, layout in LAYOUTS.items()
+        for pair in pairs.items()
+        if set(pair) <= set(layout.methods)
+    ]
+
+
+@pytest.mark.parametrize(("layout", "from_cache", "beside"), _both_ways())
+def test_cached_and_online_models_give_the_same_step(
+    layout: str, from_cache: str, beside: str, launches: Launches
+) -> None:
+    cached, online = job(launches, layout, from_cache), job(launches, layout, beside)
     names = ("loss", "margin", "reward_chosen", "reward_rejected", "grad_norm")
     rows = [[{name: row[name] for name in names} for row in run.metrics] for run in (cached, online)]
     assert metric_distance(*rows) < TOLERANCE
@@ -86,9 +107,7 @@ def test_cached_and_online_teachers_give_the_same_step(layout: str, launches: La
         assert distance(cached.gradients[step], online.gradients[step]) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("layout", "method"), [case for case in _trained() if case.values[1] in ("dpo", "dpo_reverse", "same")]
-)
+@pytest.mark.parametrize(("layout", "method"), [case for case in _trained() if at_reference(case.values[1])])
 def test_first_loss_is_ln_2_where_the_policy_is_its_reference(layout: str, method: str, launches: Launches) -> None:
     first = job(launches, layout, method).metrics[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -3,17 +3,20 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.distributed import plain
+from tests.distributed import plain, plain_weights
 from tests.distributed.conftest import Launches
 from tests.distributed.jobs import LAYOUTS
 
-ROLES = {"reference": "teacher", "positive": "positive", "negative": "negative"}
+# The folder of each role; what is left reads the student's tokens.
+OF_TEACHER = {"reference": "teacher", "positive": "positive", "negative": "negative", "margin": "teacher"}
+ROLES = OF_TEACHER | {name: name for name in ("student", "student_positive", "student_negative")}
 SCORED = [
     pytest.param(name, marks=[pytest.mark.slow] if layout.slow else [])
     for name, layout in LAYOUTS.items()
@@ -34,13 +37,18 @@ def read_cache(folder: Path) -> Scores:
     }
 
 
+def _spans(home: Path, role: str, folder: str, row: dict[str, Any], name: str) -> np.ndarray:
+    sides = [home / "student", home / "teacher"]
+    reads = sides if role in OF_TEACHER else sides[::-1]
+    of = plain_weights.margins if role == "margin" else plain.logprobs
+    return plain.span_scores(home / folder, *reads, row, name, of).double().numpy()
+
+
 @cache
 def plain_scores(home: Path) -> Scores:
     rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
     return {
-        (role, row["id"], name): plain.span_scores(home / folder, home / "student", home / "teacher", row, name)
-        .double()
-        .numpy()
+        (role, row["id"], name): _spans(home, role, folder, row, name)
         for role, folder in ROLES.items()
         for row in rows
         for name in ("chosen", "rejected")
@@ -76,7 +84,9 @@ def test_manifest_does_not_depend_on_the_layout(layout: str, launches: Launches)
 def test_replicas_may_be_more_than_shards(launches: Launches) -> None:
     found = read_cache(launches.layout("dp2") / "cache-one-shard")
     expected = {
-        key: scores for key, scores in read_cache(launches.home / "one" / "cache").items() if key[0] != "reference"
+        key: scores
+        for key, scores in read_cache(launches.home / "one" / "cache").items()
+        if key[0] in ("positive", "negative")
     }
     assert distance(found, expected) < 1e-5
 

@@ -71,7 +71,7 @@ _SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads
 
 
 def build_world(home: Path) -> None:
-    """Fill ``home`` with ``pairs.jsonl`` and the folders ``student``, ``teacher``, ``positive`` and ``negative``."""
+    """Fill ``home`` with ``pairs.jsonl`` and the folders of student, teacher, and the contrastive pairs of both."""
     rng = random.Random(1)
     rows = [_row(number, rng) for number in range(NUM_PAIRS)]
     (home / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,6 +84,8 @@ def build_world(home: Path) -> None:
     write_model(home / "student", student, unigram, seed=1)
     for seed, name in enumerate(("teacher", "positive", "negative"), start=2):
         write_model(home / name, teacher, bpe, seed)
+    for seed, name in enumerate(("student_positive", "student_negative"), start=5):
+        write_model(home / name, student, unigram, seed)
 
 
 def train_bpe(corpus: list[str]) -> PreTrainedTokenizerFast:
