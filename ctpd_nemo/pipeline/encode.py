@@ -10,7 +10,8 @@ from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.encoded import use_encoded
-from ctpd_nemo.pipeline.stages import STAGES, StageResult, stage_config
+from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.stages import StageResult, stage_config
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def encode(config: DictConfig) -> list[Path]:
     for stage in STAGES:
         if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
             continue
-        before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in stage.inputs.values()}
+        sources = stage.builds_on(config).values()
+        before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
         run = stage_config(config, stage, before)
         for side in ("student", "teacher"):
             # A model that an earlier stage trains reads as the one it began with.

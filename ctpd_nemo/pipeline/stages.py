@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +25,13 @@ from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import check_vocabulary, load_side
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
+from ctpd_nemo.pipeline.recipe import STAGES, Stage, check_roles
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
 from ctpd_nemo.pipeline.train import train
@@ -37,42 +39,6 @@ from ctpd_nemo.pipeline.train import train
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One step of the recipe.
-
-    Attributes:
-        name: Its key under ``stages`` in the config, and its folder.
-        policy: Which model it trains; for scoring, whose spans.
-        inputs: Config key -> the earlier stage whose output goes there.
-    """
-
-    name: str
-    policy: str
-    inputs: Mapping[str, str] = field(default_factory=dict)
-
-
-_SFT_TEACHER = {"model.teacher.path": "sft_teacher"}
-_SFT_BOTH = {"model.student.path": "sft_student", **_SFT_TEACHER}
-# CTPD, figure 1: fine-tune both, train the contrastive teacher pair, score, distil.
-STAGES = (
-    Stage("sft_teacher", "teacher"),
-    Stage("sft_student", "student"),
-    Stage("dpo_positive", "teacher", _SFT_TEACHER),
-    Stage("dpo_negative", "teacher", _SFT_TEACHER),
-    Stage(
-        "score",
-        "student",
-        {
-            **_SFT_BOTH,
-            "method.reference": "sft_teacher",
-            "method.positive": "dpo_positive",
-            "method.negative": "dpo_negative",
-        },
-    ),
-    Stage("dpo_student", "student", {"model.student.path": "sft_student"}),
-    Stage("ctpd", "student", {**_SFT_BOTH, "method.scores": "score"}),
-)
 _STATUS = "stage.json"
 # Open files whose locks say that this process is at work in a stage.
 _claims: dict[Path, IO[str]] = {}
@@ -128,10 +94,12 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
         if config.stages.get(stage.name) is None:
             continue
         asked_for = config.only is None or stage.name in config.only
-        if not asked_for and not results.keys() >= set(stage.inputs.values()):
+        inputs = stage.builds_on(config)
+        if not asked_for and not results.keys() >= set(inputs.values()):
             continue
         run = stage_config(config, stage, results)
-        fingerprint = on_rank_0(functools.partial(_fingerprint, run, stage, fingerprints))
+        sources = {key: fingerprints[source] for key, source in inputs.items()}
+        fingerprint = on_rank_0(functools.partial(_fingerprint, run, stage, sources))
         fingerprints[stage.name] = fingerprint
         if asked_for:
             results[stage.name] = _run_stage(stage, run, fingerprint)
@@ -150,11 +118,13 @@ def _check(config: DictConfig) -> None:
     for stage in STAGES:
         if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
             continue
-        sources = (name for name in stage.inputs.values() if config.stages.get(name) is not None)
+        sources = (name for name in stage.builds_on(config).values() if config.stages.get(name) is not None)
         inputs = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
         run = stage_config(config, stage, inputs)
         run.check(world_size())
         run.data.check()
+        if isinstance(run.method, CTPDConfig):
+            check_roles(config, stage, run.method)
         side, key = run.policy_side(), f"model.{run.policy}"
         if f"{key}.path" not in stage.inputs and side.path is not None:
             architecture = read_architecture(side.path)
@@ -174,13 +144,13 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
     merged = OmegaConf.merge(values, own, {"policy": stage.policy})
     assert isinstance(merged, DictConfig)
     merged.run_dir = str(Path(config.run_dir) / stage.name)
-    for key, source in stage.inputs.items():
+    for key, source in stage.builds_on(config).items():
         if source not in results:
             null = config.stages.get(source) is None
             found = "null" if null else f"nothing complete, from these inputs, in {config.run_dir}/{source}"
             raise InputError(f"stages.{source}", found, f"a stage that is done: {stage.name} builds on it")
         OmegaConf.update(merged, key, str(results[source].output), force_add=True)
-    if stage.name == "score":
+    if stage.scores:
         OmegaConf.update(merged, "method.cache", str(Path(merged.run_dir) / "cache"), force_add=True)
     try:
         return run_config(merged)
@@ -189,7 +159,7 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
 
 
 def _output(stage: Stage, run: RunConfig) -> Path:
-    return Path(run.run_dir) / ("cache" if stage.name == "score" else "export")
+    return Path(run.run_dir) / ("cache" if stage.scores else "export")
 
 
 def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:
@@ -198,7 +168,7 @@ def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | N
     status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
     if status.get("fingerprint") != fingerprint or not status["complete"]:
         return None
-    if stage.name == "score" and not on_rank_0(lambda: is_whole(output)):
+    if stage.scores and not on_rank_0(lambda: is_whole(output)):
         return None
     return StageResult(output, status["seconds"], skipped=True)
 
@@ -212,7 +182,7 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     status = on_rank_0(lambda: _prepare(folder, fingerprint))
     logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
     started = time.perf_counter()
-    if stage.name == "score":
+    if stage.scores:
         score(run)
     else:
         checkpoint = train(run)
@@ -275,8 +245,14 @@ def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float
     writing.replace(folder / _STATUS)
 
 
-def _fingerprint(run: RunConfig, stage: Stage, stages: Mapping[str, str]) -> str:
-    """A hash of everything that the numbers of a stage depend on, folders by content and not by place."""
+def _fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> str:
+    """A hash of everything that the numbers of a stage depend on, folders by content and not by place.
+
+    Args:
+        run: The config of the stage.
+        stage: Which it is.
+        sources: Fingerprints of the stages that it builds on, by the config key of what each gives.
+    """
     values = OmegaConf.to_container(OmegaConf.structured(run))
     assert isinstance(values, dict)
     data, trainer = values["data"], values["trainer"]
@@ -286,15 +262,15 @@ def _fingerprint(run: RunConfig, stage: Stage, stages: Mapping[str, str]) -> str
         "precision": values["precision"],
         "data": {key: value for key, value in data.items() if key not in _CUTS_OF_WORK},
         "files": [(path.name, _content(path)) for path in files],
-        "method": {key: value for key, value in vars(run.method).items() if f"method.{key}" not in stage.inputs},
-        "stages": {key: stages[source] for key, source in stage.inputs.items()},
+        "method": {key: value for key, value in vars(run.method).items() if f"method.{key}" not in sources},
+        "stages": dict(sources),
     }
-    if stage.name == "score":
+    if stage.scores:
         for name in ("cache", "together", "microbatch_tokens"):
             del content["method"][name]
     else:
         content |= {"optim": values["optim"], "epochs": trainer["epochs"], "max_steps": trainer["max_steps"]}
-    for name in ("student", "teacher") if stage.name in ("score", "ctpd") else (run.policy,):
+    for name in ("student", "teacher") if stage.scores or stage.name == "ctpd" else (run.policy,):
         side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
         if own_folder or side.tokenizer or side.chat_template:
             reader = load_side(side, f"model.{name}")

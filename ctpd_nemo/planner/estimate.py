@@ -147,7 +147,7 @@ def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> 
     microbatches = float(load.counts.max(axis=1).mean())
     parts = passes + update_parts(a, parallel, numerics, hardware, ranks, passes, microbatches)
     for frozen in job.frozen:
-        parts = parts + _scoring_parts(frozen, job, layout, hardware, loads[-1], ranks)
+        parts = parts + _scoring_parts(frozen, job, layout, hardware, _load_of(frozen, job, loads), ranks)
     return Estimate(
         job=job,
         layout=layout,
@@ -172,7 +172,7 @@ def _estimate_scoring(
     busy = shards / (rounds * layout.data_ranks)
     one = Parts(fixed=hardware.step_ms * 1e-3)
     for frozen in job.frozen:
-        one = one + _scoring_parts(frozen, job, layout, hardware, loads[-1], 1)
+        one = one + _scoring_parts(frozen, job, layout, hardware, _load_of(frozen, job, loads), 1)
     values = {name: share * one.total * busy for name, share in one.shares().items()}
     values["waiting"] += one.total * (1 - busy)
     flops = _flops(job, layout, loads)
@@ -183,8 +183,8 @@ def _estimate_scoring(
         stages=stages,
         parts=Parts(**values),
         steps=rounds,
-        step_tokens=loads[-1].per_step(loads[-1].real_tokens) * replicas,
-        microbatches=float(loads[-1].counts.mean()),
+        step_tokens=loads[0].per_step(loads[0].real_tokens) * replicas,
+        microbatches=float(loads[0].counts.mean()),
         busy_ranks=replicas,
         traffic=_traffic(job, layout, loads),
         start_seconds=_start_seconds(job, layout, hardware),
@@ -215,7 +215,7 @@ def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Har
 
 
 def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
-    """The load of the trained model, and behind it that of the frozen ones where they read other tokens."""
+    """The load of the job's own side, and behind it that of the other where a frozen model reads that."""
     other = next((frozen.side for frozen in job.frozen if frozen.side != job.side), None)
     scoring = job.method == "score"
     cut = Cut(
@@ -235,6 +235,11 @@ def _loads(job: Job, layout: Layout, lengths: Lengths) -> list[Load]:
     return cut_batches(lengths, cut, _SHARDS if scoring else STEPS)
 
 
+def _load_of(frozen: FrozenModels, job: Job, loads: list[Load]) -> Load:
+    """The load of frozen models: that of their side."""
+    return loads[0] if frozen.side == job.side else loads[1]
+
+
 def _mean_shape(load: Load) -> Shape:
     """All microbatches of a mean step as one, over all ranks: operations add up over them."""
     names = ("tokens", "targets", "attended", "scored")
@@ -249,9 +254,8 @@ def _flops(job: Job, layout: Layout, loads: list[Load]) -> dict[str, float]:
         model += model_flops(job.model.architecture, shape).total
         count = float(loads[0].counts.sum(axis=1).mean())
         hardware += hardware_flops(job.model.architecture, layout.parallel, shape, microbatches=count).total
-    shape = _mean_shape(loads[-1])
     for frozen in job.frozen:
-        a = frozen.model.architecture
+        a, shape = frozen.model.architecture, _mean_shape(_load_of(frozen, job, loads))
         model += frozen.count * model_flops(a, shape, backward=False).total
         hardware += frozen.count * hardware_flops(a, layout.parallel, shape, backward=False).total
     return {"model_flops": model, "hardware_flops": hardware}
@@ -281,7 +285,7 @@ def _traffic(job: Job, layout: Layout, loads: list[Load]) -> list[Traffic]:
             frozen.model.architecture,
             layout.parallel,
             _numerics(job, frozen.model, frozen=True),
-            shapes(loads[-1]),
+            shapes(_load_of(frozen, job, loads)),
             1,
             last,
             backward=False,

@@ -1,6 +1,7 @@
 """What each stage of the recipe asks for: its models, its batches, its layout."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import ScoreConfig
+from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
-from ctpd_nemo.pipeline.stages import STAGES, Stage, StageResult, stage_config
+from ctpd_nemo.pipeline.recipe import STAGES, Stage
+from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.planner.architecture import NamedArchitecture, find_architecture
 
 
@@ -86,7 +90,7 @@ class Job:
 
     Attributes:
         name: Of the stage.
-        method: "sft", "dpo", "ctpd" or "score".
+        method: "sft", "dpo", "tis_dpo", "ctpd" or "score".
         model: What is trained; ``None`` in a scoring job.
         frozen: What is scored with.
         side: Whose tokens the trained model reads: "student" or "teacher".
@@ -173,16 +177,14 @@ def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str,
         if run.data.max_length > longest:
             raise InputError("data.max_length", str(run.data.max_length), f"at most {model.name}'s {longest} positions")
     if isinstance(run.method, ScoreConfig):
-        return _scoring_job(run, stage.name, _side(sides, "teacher"))
+        return _scoring_job(run, stage.name, sides)
     method = METHODS[run.method.name]
-    frozen = []
-    if run.method.name == "dpo" and run.method.reference == "online":
-        frozen = [FrozenModels(_side(sides, run.policy), 1, run.policy)]
-    elif run.method.name == "ctpd" and run.method.reference == "online":
-        frozen = [FrozenModels(_side(sides, "teacher"), len(run.method.roles()), "teacher")]
+    roles: Iterable[str] = ()
+    if getattr(run.method, "reference", None) == "online":
+        roles = run.method.roles() if isinstance(run.method, WeightedConfig) else ("reference",)
     return Job(
         model=_side(sides, run.policy),
-        frozen=tuple(frozen),
+        frozen=_frozen(roles, sides, run.policy, method.two_sided),
         side=run.policy,
         responses=method.responses,
         pairs=run.data.global_batch_size,
@@ -196,12 +198,22 @@ def _side(sides: Mapping[str, NamedArchitecture], side: str) -> NamedArchitectur
     return sides[side]
 
 
-def _scoring_job(run: RunConfig, name: str, model: NamedArchitecture) -> Job:
+def _frozen(
+    roles: Iterable[str], sides: Mapping[str, NamedArchitecture], policy: str, two_sided: bool
+) -> tuple[FrozenModels, ...]:
+    """The models of some roles, by whose tokens they read."""
+    reads = {"policy": policy, "reference": "teacher" if two_sided else policy}
+    count = Counter(reads[ROLES[name].side] for name in by_model(roles))
+    return tuple(FrozenModels(_side(sides, side), number, side) for side, number in count.items())
+
+
+def _scoring_job(run: RunConfig, name: str, sides: Mapping[str, NamedArchitecture]) -> Job:
     method = run.method
+    frozen = _frozen(method.folders(), sides, run.policy, method.two_sided(run.policy))
     job = Job(
         model=None,
-        frozen=(FrozenModels(model, len(method.folders()), "teacher"),),
-        side="teacher",
+        frozen=frozen,
+        side=frozen[0].side,
         responses=("chosen", "rejected"),
         pairs=method.pairs_per_shard,
         **_common(run, name),

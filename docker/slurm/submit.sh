@@ -22,17 +22,22 @@ refuse() { # place, found, expected
     exit 2
 }
 
-# What a stage builds on (ctpd_nemo/pipeline/stages.py).
+# What a stage builds on (ctpd_nemo/pipeline/recipe.py).
 declare -A builds_on=(
     [sft_teacher]=""
     [sft_student]=""
     [dpo_positive]="sft_teacher"
     [dpo_negative]="sft_teacher"
+    [dpo_student_positive]="sft_student"
+    [dpo_student_negative]="sft_student"
     [score]="sft_student sft_teacher dpo_positive dpo_negative"
+    [score_student]="sft_student sft_teacher dpo_student_positive dpo_student_negative"
     [dpo_student]="sft_student"
-    [ctpd]="sft_student sft_teacher score"
+    [tis_dpo]="sft_student dpo_student_positive dpo_student_negative"
+    [ctpd]="sft_student sft_teacher score score_student"
 )
-readonly known="sft_teacher, sft_student, dpo_positive, dpo_negative, score, dpo_student or ctpd"
+known="sft_teacher, sft_student, dpo_positive, dpo_negative, dpo_student_positive, dpo_student_negative, score,"
+readonly known+=" score_student, dpo_student, tis_dpo or ctpd"
 
 jobs=()
 while (($#)) && [[ $1 != -- ]]; do

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ctpd_nemo.pipeline.stages import STAGES
+from ctpd_nemo.pipeline.recipe import STAGES
 from tests.docker.stubs import ROOT, Stubs
 
 SUBMIT, JOB = "docker/slurm/submit.sh", "docker/slurm/stages.sbatch"
@@ -46,7 +46,8 @@ def test_each_job_waits_for_those_that_make_its_inputs_and_no_others(stubs: Stub
     calls = submitted(stubs, *(f"{stage.name}:1" for stage in STAGES))
     number = {stage.name: str(1001 + index) for index, stage in enumerate(STAGES)}
     for stage, call in zip(STAGES, calls, strict=True):
-        assert dependencies(call) == {number[source] for source in stage.inputs.values()}, stage.name
+        sources = {**stage.inputs, **stage.optional}.values()
+        assert dependencies(call) == {number[source] for source in sources}, stage.name
         assert ("--kill-on-invalid-dep=yes" in call) == bool(stage.inputs)
 
 

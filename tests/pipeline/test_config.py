@@ -14,9 +14,11 @@ from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.dpo import DPOConfig
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.sft import SFTConfig
+from ctpd_nemo.models.tis_dpo import TISDPOConfig
 from ctpd_nemo.pipeline.config import run_config, typed
 from ctpd_nemo.pipeline.export import ExportConfig
-from ctpd_nemo.pipeline.stages import STAGES, StageResult, stage_config
+from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_page import RunPageConfig
 from ctpd_nemo.report.spans_page import SpansPageConfig
 
@@ -58,7 +60,8 @@ def error_of(config: DictConfig) -> InputError:
 
 
 @pytest.mark.parametrize(
-    ("method", "config"), [("sft", SFTConfig), ("dpo", DPOConfig), ("ctpd", CTPDConfig), ("score", ScoreConfig)]
+    ("method", "config"),
+    [("sft", SFTConfig), ("dpo", DPOConfig), ("tis_dpo", TISDPOConfig), ("ctpd", CTPDConfig), ("score", ScoreConfig)],
 )
 def test_the_method_files_hold_the_defaults_of_the_code(method: str, config: type[Any]) -> None:
     written = OmegaConf.to_container(OmegaConf.load(CONF / "method" / f"{method}.yaml"))
@@ -247,7 +250,7 @@ def test_a_value_that_points_nowhere_is_named() -> None:
 @pytest.mark.parametrize("method", [None, {}, {"name": "ppo"}, "sft", {"name": ["sft"]}])
 def test_an_unknown_method_is_answered_with_those_there_are(method: Any) -> None:
     error = error_of(OmegaConf.create({"method": method}))
-    assert (error.place, error.expected) == ("method.name", "one of sft, dpo, ctpd, score")
+    assert (error.place, error.expected) == ("method.name", "one of sft, dpo, tis_dpo, ctpd, score")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,13 @@ def test_an_unknown_method_is_answered_with_those_there_are(method: Any) -> None
         ({"name": "dpo", "reference": "cache"}, "method.scores"),
         ({"name": "dpo", "reference": "teacher"}, "method.reference"),
         ({"name": "ctpd", "scores": "x", "weight_lower": 2.0}, "method.weight_lower"),
-        ({"name": "ctpd", "scores": "x", "weights": "random"}, "method.weights"),
+        ({"name": "ctpd", "scores": "x", "weights": "contrastive"}, "method.weights"),
+        ({"name": "ctpd", "scores": "x", "reference_model": "policy"}, "method.reference_model"),
+        ({"name": "ctpd", "reference": "online", "weights": "contrastive_student"}, "method.student_positive"),
+        ({"name": "tis_dpo"}, "method.positive"),
+        ({"name": "tis_dpo", "reference": "cache"}, "method.scores"),
+        ({"name": "score", "cache": "x", "student": "y", "margin": True}, "method.margin"),
+        ({"name": "score", "cache": "x", "student": "y", "spans": "some"}, "method.spans"),
         ({"name": "ctpd", "reference": "online"}, "method.positive"),
         ({"name": "ctpd", "reference": "online", "positive": "x"}, "method.negative"),
         ({"name": "score"}, "method.cache"),

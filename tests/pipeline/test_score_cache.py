@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
@@ -32,11 +33,29 @@ def writer(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS), **changed: Any
 def scores(role: str) -> list[PairScores]:
     """Made-up scores: pair 2 has one span, responses have unequal lengths, every number is another."""
     drawn = np.random.default_rng(list(role.encode()))
-    lengths = [(1 + (3 * pair + 1) % 5, 1 + pair % 4) if pair != 2 else (1, 1) for pair in range(N_PAIRS)]
     return [
-        PairScores(f"pair-{pair}", *(-drawn.gamma(2.0, size=length).astype(np.float32) for length in both))
-        for pair, both in enumerate(lengths)
+        PairScores(f"pair-{pair}", *(-drawn.gamma(2.0, size=length).astype(np.float32) for length in _lengths(pair)))
+        for pair in range(N_PAIRS)
     ]
+
+
+def encoded(pair_id: str) -> EncodedPair:
+    """The pair as the scores are of: span s of a response holds s % 3 + 1 tokens of the teacher and one of the student."""
+    number = int(pair_id.removeprefix("pair-"))
+    lengths = _lengths(number) if number < N_PAIRS else (1, 1)
+
+    def side(span: np.ndarray) -> SideTokens:
+        return SideTokens(np.zeros(1, np.int32), np.zeros(len(span), np.int32), span.astype(np.int32))
+
+    responses = [
+        EncodedResponse(side(np.arange(n)), side(np.arange(n).repeat(np.arange(n) % 3 + 1)), np.arange(n + 1), n, False)
+        for n in lengths
+    ]
+    return EncodedPair(number, pair_id, *responses)
+
+
+def _lengths(pair: int) -> tuple[int, int]:
+    return (1 + (3 * pair + 1) % 5, 1 + pair % 4) if pair != 2 else (1, 1)
 
 
 def write_shard(cache: ScoreWriter, role: str, shard: int) -> None:
@@ -66,7 +85,7 @@ def test_the_reader_gives_back_every_score_bit_for_bit(tmp_path: Path) -> None:
     cache = read(tmp_path)
     assert len(cache) == N_PAIRS
     for pair in scores("reference"):
-        chosen, rejected, *_ = cache.lookup(pair.pair_id)
+        chosen, rejected, *_ = cache.lookup(encoded(pair.pair_id))
         assert chosen.dtype == rejected.dtype == np.float32
         np.testing.assert_array_equal(chosen, pair.chosen)
         np.testing.assert_array_equal(rejected, pair.rejected)
@@ -80,7 +99,7 @@ def test_weights_are_those_of_section_3_4_with_mu_plus_one_for_chosen_and_minus_
     cache = read(tmp_path, CTPDConfig(scores="cache", weight_scale=k, weight_lower=lower, weight_upper=upper))
     clamped = set()
     for positive, negative in zip(scores("positive"), scores("negative"), strict=True):
-        _, _, *weights = cache.lookup(positive.pair_id)
+        _, _, *weights = cache.lookup(encoded(positive.pair_id))
         for found, mu, side in zip(weights, (1, -1), ("chosen", "rejected"), strict=True):
             for w, up, down in zip(found, getattr(positive, side), getattr(negative, side), strict=True):
                 ratio = min(max(float(up) - float(down), lower), upper)
@@ -93,7 +112,7 @@ def test_with_the_papers_settings_weights_stay_between_their_bounds(tmp_path: Pa
     write_all(tmp_path)
     cache = read(tmp_path)
     for pair in scores("positive"):
-        _, _, chosen, rejected = cache.lookup(pair.pair_id)
+        _, _, chosen, rejected = cache.lookup(encoded(pair.pair_id))
         assert (chosen >= math.exp(-0.5) - 1e-6).all()
         assert (chosen <= math.exp(1.5) + 1e-5).all()
         assert (rejected >= math.exp(-1.5) - 1e-6).all()
@@ -105,7 +124,7 @@ def test_without_a_contrastive_pair_every_weight_is_one(tmp_path: Path, method: 
     write_all(tmp_path, ("reference",))
     cache = read(tmp_path, method)
     for pair in scores("reference"):
-        chosen, rejected, chosen_weights, rejected_weights = cache.lookup(pair.pair_id)
+        chosen, rejected, chosen_weights, rejected_weights = cache.lookup(encoded(pair.pair_id))
         np.testing.assert_array_equal(chosen, pair.chosen)
         np.testing.assert_array_equal(chosen_weights, np.ones_like(chosen))
         np.testing.assert_array_equal(rejected_weights, np.ones_like(rejected))
@@ -140,7 +159,7 @@ def test_a_second_job_adds_roles_and_keeps_the_first_ones(tmp_path: Path) -> Non
     after = files(tmp_path)
     assert after["reference-00000.parquet"] == before["reference-00000.parquet"]
     assert read_manifest(tmp_path)["teacher_weights"] == WEIGHTS
-    assert read(tmp_path).lookup("pair-0")
+    assert read(tmp_path).lookup(encoded("pair-0"))
 
 
 @pytest.mark.parametrize("name", FINGERPRINTS)
@@ -221,7 +240,7 @@ def test_a_shard_that_is_cut_short_is_named(tmp_path: Path) -> None:
 def test_a_pair_that_was_not_scored_is_named(tmp_path: Path) -> None:
     write_all(tmp_path)
     with pytest.raises(InputError, match="reference: found no pair 'pair-99'"):
-        read(tmp_path).lookup("pair-99")
+        read(tmp_path).lookup(encoded("pair-99"))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -242,9 +261,9 @@ def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     chosen[1][0] = math.nan
     pq.write_table(table.set_column(1, "chosen", [chosen]).cast(table.schema), path)
     cache = read(tmp_path)
-    assert cache.lookup("pair-3")
+    assert cache.lookup(encoded("pair-3"))
     with pytest.raises(InputError, match="negative, pair 'pair-4', chosen, span 0: found nan"):
-        cache.lookup("pair-4")
+        cache.lookup(encoded("pair-4"))
 
 
 def test_a_write_that_fails_midway_leaves_nothing_that_looks_like_a_shard(

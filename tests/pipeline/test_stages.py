@@ -26,13 +26,16 @@ from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.stages import STAGES, StageResult, run_pipeline
+from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
 from tests.pipeline.recipe import composed, recipe, small_world
 from tests.pipeline.tool import kill, run_tool, started
 
-ALL = [stage.name for stage in STAGES]
+# What runs unless it is asked for more, and the DPO baseline.
+OF_STUDENT_PAIR = {"dpo_student_positive", "dpo_student_negative", "score_student", "tis_dpo"}
+ALL = [stage.name for stage in STAGES if stage.name not in OF_STUDENT_PAIR]
 TRAINED = [name for name in ALL if name != "score"]
 STUDENT_ALONE = [f"stages.{name}=null" for name in ALL if name != "sft_student"]
 
