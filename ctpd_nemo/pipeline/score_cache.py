@@ -174,11 +174,12 @@ class ScoreReader:
         self._folders: dict[str, Path] = {}
         self._tables: dict[str, pa.Table] = {}
         digests = []
+        # The first cache is the last to write over where a role is from.
+        holder = {role: place for place in reversed(manifests) for role in manifests[place]["teacher_weights"]}
         for role in self._roles:
-            place = next((place for place in manifests if role in manifests[place]["teacher_weights"]), None)
-            if place is None:
-                held = sorted({role for manifest in manifests.values() for role in manifest["teacher_weights"]})
-                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {held}", role)
+            if role not in holder:
+                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(holder)}", role)
+            place = holder[role]
             weights = manifests[place]["teacher_weights"][role]
             _compare(place, f"teacher_weights.{role}", weights, teacher_weights.get(role, weights))
             digests.append(weights)

@@ -40,7 +40,7 @@ def scores(role: str) -> list[PairScores]:
 
 
 def encoded(pair_id: str) -> EncodedPair:
-    """The pair as the scores are of: span s of a response holds s % 3 + 1 tokens of the teacher and one of the student."""
+    """The pair of the scores: span s of a response has s % 3 + 1 tokens of the teacher, and one of the student."""
     number = int(pair_id.removeprefix("pair-"))
     lengths = _lengths(number) if number < N_PAIRS else (1, 1)
 
