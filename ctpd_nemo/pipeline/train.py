@@ -44,8 +44,8 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         raise InputError("method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
     reference = getattr(run.method, "reference", None)
     weighted = run.method if isinstance(run.method, WeightedConfig) else None
-    online = reference == "online" and method.two_sided and weighted is not None and "reference" in weighted.sides()
-    data = RunData(run, method.responses, method.two_sided, online=online)
+    beside = method.two_sided and reference == "online" and (weighted is None or "reference" in weighted.sides())
+    data = RunData(run, method.responses, method.two_sided, online=beside)
     initialize(run.parallel, run.seed)
     use_encoded(data)
     if reference == "cache":

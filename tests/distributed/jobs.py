@@ -32,7 +32,9 @@ VARIANTS: dict[str, dict[str, str]] = {
     "student_reference": {"reference_model": "student"},
     "student_only": {"reference_model": "student", "weights": "contrastive_student"},
 }
-_VARIANTS = ("score", *VARIANTS, *(f"{name}-online" for name in VARIANTS))
+_VARIANTS = (*VARIANTS, *(f"{name}-online" for name in VARIANTS))
+# What is made of the same scores by the same lines as others.
+_ALIKE = ("average-online", "uniform-online", "constant-online")
 _TIS_DPO = ("score_own", "tis_dpo", "tis_dpo-cached")
 # What reads the vocabulary anew, tokens of both sides, and the policy's own.
 _FEW_VARIANTS = ("single_teacher-online", "contrastive_student-online", "teacher_student")
@@ -63,7 +65,11 @@ class Layout:
 
 
 LAYOUTS = {
-    "one": Layout(1, methods=(*_COMMON, "dpo_reverse", "same", *_VARIANTS[1:], *_TIS_DPO), packing="padded"),
+    "one": Layout(
+        1,
+        methods=(*_COMMON, "dpo_reverse", "same", *(name for name in _VARIANTS if name not in _ALIKE), *_TIS_DPO),
+        packing="padded",
+    ),
     "one-packed": Layout(1, {"distributed_optimizer": False}),
     "one-recompute-full": Layout(1, {"recompute": "full"}, ("ctpd",)),
     "one-recompute-selective": Layout(1, {"recompute": "selective"}, ("ctpd",)),
@@ -76,11 +82,11 @@ LAYOUTS = {
     "dp2-plain-optimizer": Layout(2, {"distributed_optimizer": False}, ("ctpd",), encoded=True),
     "cp2": Layout(2, {"context": 2}),
     "tp2pp2": Layout(4, {"tensor": 2, "pipeline": 2}, ("sft", "dpo", "ctpd", "online", "same")),
-    "one-packed-variants": Layout(1, methods=(*_VARIANTS, *_TIS_DPO), slow=True),
-    "tp2-variants": Layout(2, {"tensor": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
-    "pp2-variants": Layout(2, {"pipeline": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
-    "dp2-variants": Layout(2, {}, (*_VARIANTS, *_TIS_DPO), slow=True),
-    "cp2-variants": Layout(2, {"context": 2}, (*_VARIANTS, *_TIS_DPO), slow=True),
+    "one-packed-variants": Layout(1, methods=("score", *_VARIANTS, *_TIS_DPO), slow=True),
+    "tp2-variants": Layout(2, {"tensor": 2}, ("score", *_VARIANTS, *_TIS_DPO), slow=True),
+    "pp2-variants": Layout(2, {"pipeline": 2}, ("score", *_VARIANTS, *_TIS_DPO), slow=True),
+    "dp2-variants": Layout(2, {}, ("score", *_VARIANTS, *_TIS_DPO), slow=True),
+    "cp2-variants": Layout(2, {"context": 2}, ("score", *_VARIANTS, *_TIS_DPO), slow=True),
     "tp2-padded": Layout(2, {"tensor": 2}, packing="padded", slow=True),
     "pp2-padded": Layout(2, {"pipeline": 2}, packing="padded", slow=True),
     "dp2-padded": Layout(2, packing="padded", slow=True),
