@@ -1,5 +1,6 @@
 """The span score cache: what is written is read, by the run that it belongs to, and never by halves."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
+from ctpd_nemo.models.roles import ROLES
+from ctpd_nemo.models.weighting import WEIGHTINGS
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
 
 PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
 WEIGHTS = {role: f"weights of {role}" for role in ("reference", "positive", "negative")}
+ALL_ROLES = tuple(ROLES)
 CONTRASTIVE = CTPDConfig(scores="cache")
 N_PAIRS, PAIRS_PER_SHARD = 7, 3
 
@@ -23,7 +27,7 @@ N_PAIRS, PAIRS_PER_SHARD = 7, 3
 def writer(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS), **changed: Any) -> ScoreWriter:
     given: dict[str, Any] = {
         "fingerprints": PRINTS,
-        "teacher_weights": {role: WEIGHTS[role] for role in roles},
+        "teacher_weights": {role: f"weights of {role}" for role in roles},
         "n_pairs": N_PAIRS,
         "pairs_per_shard": PAIRS_PER_SHARD,
     }
@@ -62,8 +66,8 @@ def write_shard(cache: ScoreWriter, role: str, shard: int) -> None:
     cache.write(role, shard, scores(role)[shard * PAIRS_PER_SHARD : (shard + 1) * PAIRS_PER_SHARD])
 
 
-def write_all(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS)) -> ScoreWriter:
-    cache = writer(folder, roles)
+def write_all(folder: Path, roles: tuple[str, ...] = tuple(WEIGHTS), **changed: Any) -> ScoreWriter:
+    cache = writer(folder, roles, **changed)
     cache.begin()
     for role in roles:
         for shard in range(cache.n_shards):
@@ -128,6 +132,67 @@ def test_without_a_contrastive_pair_every_weight_is_one(tmp_path: Path, method: 
         np.testing.assert_array_equal(chosen, pair.chosen)
         np.testing.assert_array_equal(chosen_weights, np.ones_like(chosen))
         np.testing.assert_array_equal(rejected_weights, np.ones_like(rejected))
+
+
+@pytest.mark.parametrize(
+    ("weights", "up", "down"),
+    [
+        ("contrastive_student", "student_positive", "student_negative"),
+        ("teacher_student", "reference", "student"),
+        ("single_teacher", "margin", None),
+        ("average", "positive", "negative"),
+    ],
+)
+def test_other_weightings_read_other_roles(tmp_path: Path, weights: str, up: str, down: str | None) -> None:
+    write_all(tmp_path, ALL_ROLES)
+    cache = read(tmp_path, CTPDConfig(scores="cache", weights=weights))
+    lower_scores = scores(down) if down else [None] * N_PAIRS
+    for number, (high, low) in enumerate(zip(scores(up), lower_scores, strict=True)):
+        _, _, *found = cache.lookup(encoded(high.pair_id))
+        for mu, side, own in zip((1, -1), ("chosen", "rejected"), found, strict=True):
+            ratio = getattr(high, side).astype(float) - (getattr(low, side) if low else 0)
+            expected = np.exp(mu * np.clip(ratio, -0.5, 1.5))
+            if weights == "average":
+                expected /= np.arange(_lengths(number)[side == "rejected"]) % 3 + 1
+            np.testing.assert_allclose(own, expected, rtol=1e-5)
+
+
+def test_with_the_student_for_reference_its_scores_are_the_references(tmp_path: Path) -> None:
+    write_all(tmp_path, ("student",))
+    cache = read(tmp_path, CTPDConfig(scores="cache", weights="random", reference_model="student"))
+    assert len(cache) == N_PAIRS
+    for pair in scores("student"):
+        chosen, rejected, *_ = cache.lookup(encoded(pair.pair_id))
+        np.testing.assert_array_equal(chosen, pair.chosen)
+        np.testing.assert_array_equal(rejected, pair.rejected)
+
+
+def test_two_caches_hold_the_roles_of_one(tmp_path: Path) -> None:
+    whole, teachers, students = (tmp_path / name for name in ("whole", "teachers", "students"))
+    write_all(whole, ALL_ROLES)
+    write_all(teachers, ("reference", "positive", "negative", "margin"))
+    write_all(students, ("student", "student_positive", "student_negative"))
+    for weights in WEIGHTINGS:
+        method = CTPDConfig(scores="cache", weights=weights)
+        one, both = read(whole, method), read(teachers, method, more=[students])
+        assert one.fingerprint == both.fingerprint
+        for pair in (encoded(scored.pair_id) for scored in scores("reference")):
+            for found, expected in zip(both.lookup(pair), one.lookup(pair), strict=True):
+                np.testing.assert_array_equal(found, expected)
+
+
+def test_a_second_cache_of_other_pairs_is_refused(tmp_path: Path) -> None:
+    write_all(tmp_path / "teachers")
+    write_all(tmp_path / "students", ("student",), fingerprints={**PRINTS, "data": "another"})
+    with pytest.raises(InputError, match=r"students/manifest\.json, data"):
+        read(tmp_path / "teachers", more=[tmp_path / "students"])
+
+
+def test_scores_of_another_number_of_spans_are_named(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    pair = dataclasses.replace(encoded("pair-4"), id="pair-5")
+    with pytest.raises(InputError, match=r"reference, pair 'pair-5': found \[2, 2\] spans; expected \[4, 1\]"):
+        read(tmp_path).lookup(pair)
 
 
 def test_scoring_goes_on_at_the_first_missing_shard(tmp_path: Path) -> None:
