@@ -59,8 +59,6 @@ class CTPDConfig(WeightedConfig):
             raise InputError("method.reference_model", repr(self.reference_model), "teacher or student")
         super().check()
 
-    weighs_spans = True
-
     @property
     def reference_role(self) -> str:
         """The role of the model that the student is measured against."""

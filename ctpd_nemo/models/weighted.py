@@ -99,6 +99,8 @@ class WeightedConfig(ABC):
 class WeightedPreferenceModel(PreferenceModel):
     """A policy against a reference with a weight a span, from a cache or from frozen models beside it."""
 
+    weighs_spans = True
+
     @property
     def beta(self) -> float:
         """Strength of the pull to the reference."""

@@ -30,6 +30,11 @@ class Stage:
         """Whether it fills a cache; the others train."""
         return self.name.startswith("score")
 
+    @property
+    def output(self) -> str:
+        """What it leaves in its folder: a score cache, or a Hugging Face folder."""
+        return "cache" if self.scores else "export"
+
     def builds_on(self, config: DictConfig) -> dict[str, str]:
         """Its inputs in a run that leaves some stages out."""
         asked_for = {key: source for key, source in self.optional.items() if config.stages.get(source) is not None}
@@ -72,7 +77,7 @@ STAGES = (
 _SOURCES = {
     "positive": ("score", "dpo_positive"),
     "negative": ("score", "dpo_negative"),
-    "student": ("score_student",),
+    "student": ("score_student", "sft_student"),
     "student_positive": ("score_student", "dpo_student_positive"),
     "student_negative": ("score_student", "dpo_student_negative"),
 }
@@ -84,12 +89,15 @@ def check_roles(config: DictConfig, stage: Stage, method: CTPDConfig) -> None:
     Raises:
         InputError: Names the stage, or the value of one, that is missing.
     """
+    if method.reference != "cache":
+        return
     needed = method.roles()
-    for role in needed if method.reference == "cache" else ():
-        for source in _SOURCES.get(role, ()):
+    for role in (role for role in _SOURCES if role in needed):
+        scoring, trained = _SOURCES[role]
+        brought = OmegaConf.select(config, f"stages.{scoring}.method.{role}")
+        for source in (scoring, *(() if brought else (trained,))):
             if config.stages.get(source) is None:
-                raise InputError(
-                    f"stages.{source}", "null", f"a stage: the weights or reference of {stage.name} need it"
-                )
+                expected = f"a stage: the weights or the reference of {stage.name} need scores of it ({role})"
+                raise InputError(f"stages.{source}", "null", expected)
     if "margin" in needed and not OmegaConf.select(config, "stages.score.method.margin"):
         raise InputError("stages.score.method.margin", "false", f"true: the weights of {stage.name} are margins")

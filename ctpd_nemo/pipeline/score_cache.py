@@ -178,7 +178,8 @@ class ScoreReader:
         holder = {role: place for place in reversed(manifests) for role in manifests[place]["teacher_weights"]}
         for role in self._roles:
             if role not in holder:
-                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(holder)}", role)
+                need = "method.weights" if role in self._weighting.roles else "the reference"
+                raise InputError(f"{self.folder}/{_MANIFEST}", f"roles {sorted(holder)}", f"{role}, for {need}")
             place = holder[role]
             weights = manifests[place]["teacher_weights"][role]
             _compare(place, f"teacher_weights.{role}", weights, teacher_weights.get(role, weights))
@@ -211,31 +212,33 @@ class ScoreReader:
     def __contains__(self, pair_id: object) -> bool:
         return pair_id in self._rows[self._roles[0]]
 
-    def pair_scores(self, role: str, pair_id: str) -> PairScores:
-        """Span log-probs of a pair under one of the models that the weights are made of.
+    def pair_scores(self, pair_id: str) -> dict[str, PairScores]:
+        """Scores of a pair in each role that the method asks for, its reference first.
 
         Raises:
-            InputError: The cache does not hold the pair, or a score is not finite.
+            InputError: The cache does not hold the pair, a score is not finite, or roles have other numbers of spans.
         """
-        return self._pair(role, pair_id)
+        scored = {role: self._pair(role, pair_id) for role in self._roles}
+        spans = {role: _numbers(scores) for role, scores in scored.items()}
+        expected = spans[self._roles[0]]
+        for role, found in spans.items():
+            if found != expected:
+                place = f"{self._folders[role]}, {role}, pair {pair_id!r}"
+                raise InputError(place, f"{found} spans", f"{expected}, as the reference has")
+        return scored
 
     def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
 
         Raises:
-            InputError: The cache does not hold the pair, a score is not finite, or there are not as many as spans.
+            InputError: As of ``pair_scores``, or there are not as many scores as spans.
         """
-        scored = {role: self._pair(role, pair.id) for role in self._roles}
+        scored = self.pair_scores(pair.id)
         reference = scored[self._roles[0]]
-        spans = {role: [len(scores.chosen), len(scores.rejected)] for role, scores in scored.items()}
-        for role, found in spans.items():
-            if found != spans[self._roles[0]]:
-                place = f"{self._folders[role]}, {role}, pair {pair.id!r}"
-                raise InputError(place, f"{found} spans", f"{spans[self._roles[0]]}, as the reference has")
         expected = [pair.chosen.n_spans, pair.rejected.n_spans]
-        if spans[self._roles[0]] != expected:
-            place = f"{self.folder}, {self._roles[0]}, pair {pair.id!r}"
-            raise InputError(place, f"{spans[self._roles[0]]} spans", f"{expected}, as the responses have")
+        if _numbers(reference) != expected:
+            place = f"{self._folders[self._roles[0]]}, {self._roles[0]}, pair {pair.id!r}"
+            raise InputError(place, f"{_numbers(reference)} spans", f"{expected}, as the responses have")
         both = {role: (scores.chosen, scores.rejected) for role, scores in scored.items()}
         return reference.chosen, reference.rejected, *self._weighting.pair_weights(both, pair)
 
@@ -295,6 +298,11 @@ def _compare(folder: Path, field: str, there: object, here: object) -> None:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _numbers(scores: PairScores) -> list[int]:
+    """Spans of chosen and rejected."""
+    return [len(scores.chosen), len(scores.rejected)]
 
 
 def _check_finite(place: str, pair: PairScores) -> None:

@@ -158,13 +158,9 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
         raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
 
 
-def _output(stage: Stage, run: RunConfig) -> Path:
-    return Path(run.run_dir) / ("cache" if stage.scores else "export")
-
-
 def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:
     """What a stage left, where it is complete and still good."""
-    output = _output(stage, run)
+    output = Path(run.run_dir) / stage.output
     status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
     if status.get("fingerprint") != fingerprint or not status["complete"]:
         return None
@@ -174,7 +170,7 @@ def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | N
 
 
 def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
-    folder, output = Path(run.run_dir), _output(stage, run)
+    folder, output = Path(run.run_dir), Path(run.run_dir) / stage.output
     if done := _complete(stage, run, fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
         return done

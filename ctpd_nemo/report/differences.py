@@ -12,7 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.origin import Origin, read_origin
-from ctpd_nemo.pipeline.stages import STAGES, StageResult, stage_config
+from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_folder import Job
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -58,10 +59,11 @@ def _expected(job: Job, origin: Origin) -> dict[str, Any]:
     stage = next((stage for stage in STAGES if stage.name == job.name), None)
     if stage is None or config.stages.get(stage.name) is None:
         raise InputError(f"stages.{job.name}", "no such stage", "a stage of the recipe")
-    folders = {name: Path(config.run_dir) / name for name in stage.inputs.values()}
+    sources = stage.builds_on(config).values()
     outputs = {
-        name: StageResult(folder / ("cache" if name == "score" else "export"), 0.0, skipped=True)
-        for name, folder in folders.items()
+        source.name: StageResult(Path(config.run_dir) / source.name / source.output, 0.0, skipped=True)
+        for source in STAGES
+        if source.name in sources
     }
     return asdict(stage_config(config, stage, outputs))
 

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import EVALUATION, evaluation_rows, read_json
+from ctpd_nemo.pipeline.recipe import STAGES
 from ctpd_nemo.pipeline.score_cache import read_manifest
-from ctpd_nemo.pipeline.stages import STAGES
 from ctpd_nemo.report.metric_log import MetricTable, read_metrics
 
 _METRICS, _CONFIG, _STATUS, _REPORT = "metrics.jsonl", "config.json", "stage.json", "report.json"

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.losses.weights import exponential_weights
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.pipeline.score_cache import ScoreReader, read_manifest
 
@@ -65,7 +67,7 @@ class CachedScores:
         shown = {"data": data, "teacher_tokenizer": teacher, "student_tokenizer": student}
         weighs = {"positive", "negative"} <= set(manifest["teacher_weights"])
         self._reader = ScoreReader(folder, manifest["fingerprints"] | shown, {}, method if weighs else None)
-        self._roles = method.roles() if weighs else ("reference",)
+        self._method = method
 
     def of_pair(self, pair_id: str, n_spans: tuple[int, int]) -> tuple[ResponseScores, ResponseScores] | None:
         """Scores of chosen and rejected; ``None`` for a pair that was not scored.
@@ -75,19 +77,24 @@ class CachedScores:
         """
         if pair_id not in self._reader:
             return None
-        _, _, *weights = self._reader.lookup(pair_id)
-        found = []
-        for name, weight, most in zip(("chosen", "rejected"), weights, n_spans, strict=True):
-            by_role = {role: getattr(self._reader.pair_scores(role, pair_id), name) for role in self._roles}
+        scored, found = self._reader.pair_scores(pair_id), []
+        for name, sign, most in zip(("chosen", "rejected"), (1.0, -1.0), n_spans, strict=True):
+            by_role = {role: getattr(scores, name) for role, scores in scored.items()}
             numbers: dict[str, Float32Array] = {}
             if "positive" in by_role:
-                numbers = {WEIGHT: weight, RATIO: by_role["positive"] - by_role["negative"]}
+                ratio = by_role["positive"] - by_role["negative"]
+                numbers = {WEIGHT: self._weights(ratio, sign), RATIO: ratio}
             numbers |= {f"{role} log-prob": values for role, values in by_role.items()}
-            if len(weight) > most + 1:
+            own = ResponseScores(numbers)
+            if len(own) > most + 1:
                 place = f"{Path(self._folder)}, pair {pair_id!r}, {name}"
-                raise InputError(place, f"{len(weight)} scores", f"at most {most} spans and an end of turn")
-            found.append(ResponseScores(numbers))
+                raise InputError(place, f"{len(own)} scores", f"at most {most} spans and an end of turn")
+            found.append(own)
         return found[0], found[1]
+
+    def _weights(self, ratio: Float32Array, sign: float) -> Float32Array:
+        bounds = self._method.weight_lower, self._method.weight_upper
+        return exponential_weights(torch.from_numpy(ratio), sign, self._method.weight_scale, *bounds).numpy()
 
 
 def _scale(value: float, full: float) -> float:
