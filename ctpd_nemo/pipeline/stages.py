@@ -123,8 +123,6 @@ def _check(config: DictConfig) -> None:
         run = stage_config(config, stage, inputs)
         run.check(world_size())
         run.data.check()
-        if isinstance(run.method, CTPDConfig):
-            check_roles(config, stage, run.method)
         side, key = run.policy_side(), f"model.{run.policy}"
         if f"{key}.path" not in stage.inputs and side.path is not None:
             architecture = read_architecture(side.path)
@@ -136,7 +134,8 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
     """The config of one stage: the common values, its own, and the outputs of the stages before it.
 
     Raises:
-        InputError: A key or value cannot be used, or a stage that this one builds on is not in ``results``.
+        InputError: A key or value cannot be used, a stage that this one builds on is not in ``results``, or no stage
+            makes scores that it needs.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
     del values["only"]
@@ -153,9 +152,12 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
     if stage.scores:
         OmegaConf.update(merged, "method.cache", str(Path(merged.run_dir) / "cache"), force_add=True)
     try:
-        return run_config(merged)
+        run = run_config(merged)
     except InputError as error:
         raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
+    if isinstance(run.method, CTPDConfig):
+        check_roles(config, stage, run.method)
+    return run
 
 
 def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:

@@ -279,12 +279,20 @@ def test_a_manifest_of_another_format_is_refused(tmp_path: Path, content: str) -
         read(tmp_path)
 
 
-def test_a_role_that_was_never_scored_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ({}, "negative, for method.weights"),
+        ({"weights": "single_teacher"}, "margin, for method.weights"),
+        ({"weights": "uniform", "reference_model": "student"}, "student, for the reference"),
+    ],
+)
+def test_a_role_that_was_never_scored_is_named(tmp_path: Path, method: dict[str, str], expected: str) -> None:
     write_all(tmp_path, ("reference", "positive"))
     with pytest.raises(InputError) as error:
-        read(tmp_path)
+        read(tmp_path, CTPDConfig(scores="cache", **method))
     assert error.value.found == "roles ['positive', 'reference']"
-    assert error.value.expected == "negative"
+    assert error.value.expected == expected
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
