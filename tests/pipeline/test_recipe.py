@@ -119,7 +119,7 @@ def test_stages_of_the_students_family_run_and_a_new_weighting_trains_the_studen
     overrides = [*recipe(world, run_dir), *NO_TEACHER_PAIR, *MARGIN, *STUDENT_PAIR, *SCORE_STUDENT, *TIS_DPO]
     # The recipe has values for stages that are left out here.
     overrides = [value for value in overrides if not value.startswith(("stages.dpo_positive.", "stages.dpo_negative."))]
-    overrides += ["stages.dpo_student=null"]
+    overrides += ["stages.dpo_student=null", "+stages.score_student.method.pairs_per_shard=10"]
     results = run_pipeline(composed("pipeline", [*overrides, "+stages.ctpd.method.weights=single_teacher"]))
     assert not any(result.skipped for result in results.values())
     assert results.keys().isdisjoint({"dpo_positive", "dpo_negative"})
