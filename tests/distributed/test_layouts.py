@@ -4,14 +4,14 @@ One process runs padded with one pair a microbatch; everything else runs packed 
 job trains two steps: of 5 pairs and of 1.
 """
 
+import json
 import math
 from collections.abc import Callable
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from tests.distributed import plain
+from tests.distributed import plain, plain_weights
 from tests.distributed.conftest import Launches
 from tests.distributed.jobs import LAYOUTS, NUM_STEPS, VARIANTS
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
@@ -115,23 +115,33 @@ def test_first_loss_is_ln_2_where_the_policy_is_its_reference(layout: str, metho
     assert first["margin"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(("layout", "method"), [case for case in _trained() if case.values[1] in ("ctpd", "online")])
-def test_logged_weights_are_those_of_the_scores(layout: str, method: str, launches: Launches) -> None:
-    """Of the whole batch, once each, whatever ranks hold them; the scores are those of one process."""
-    found = job(launches, layout, method)
-    cache = launches.layout("one") / "cache"
-    scores = {
-        role: [row for shard in sorted(cache.glob(f"{role}-*.parquet")) for row in pq.read_table(shard).to_pylist()]
-        for role in ("positive", "negative")
-    }
+# By methods whose weights are logged, the weighting; that of TIS-DPO has weights of tokens.
+LOGGED = {
+    "ctpd": "contrastive_teacher",
+    "online": "contrastive_teacher",
+    "random": "random",
+    "random-online": "random",
+    "tis_dpo": None,
+    "tis_dpo-cached": None,
+}
+
+
+@pytest.mark.parametrize(("layout", "method"), [case for case in _trained() if case.values[1] in LOGGED])
+def test_logged_weights_are_those_of_plain_pytorch(layout: str, method: str, launches: Launches) -> None:
+    """Of the whole batch, once each, whatever ranks hold them."""
+    found, home = job(launches, layout, method), launches.home
+    rows = [json.loads(line) for line in (home / "pairs.jsonl").read_text().splitlines()]
     edges = [-np.inf, -1, -0.5, 0, *(2 ** (half / 2 - 3) for half in range(13)), np.inf]
     names = ["-inf", *(f"{edge:.3g}" for edge in edges[1:-1])]
     # Steps are of pairs 0 to 4, and then of pair 5.
-    for step, rows in enumerate((range(5), [5])):
-        for side, sign in (("chosen", 1), ("rejected", -1)):
-            ratio = np.concatenate([scores["positive"][row][side] for row in rows])
-            ratio = ratio - np.concatenate([scores["negative"][row][side] for row in rows])
-            counts, _ = np.histogram(np.exp(sign * np.clip(ratio, -0.5, 1.5)), edges)
+    for step, batch in enumerate((rows[:5], rows[5:])):
+        for side in ("chosen", "rejected"):
+            kind = LOGGED[method]
+            own = [
+                plain_weights.weights(kind, home, row, side) if kind else plain_weights.token_weights(home, row, side)
+                for row in batch
+            ]
+            counts, _ = np.histogram(np.concatenate(own), edges)
             expected = {name: int(count) for name, count in zip(names, counts, strict=True) if count}
             assert found.metrics[step]["weights"][side] == expected
 
