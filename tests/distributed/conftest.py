@@ -41,8 +41,8 @@ class Launches:
         ]
         if not slow and processes < 4:
             jobs += stored_jobs(self.home, processes) + cut_jobs(self.home, processes)
-        # The last job of the process that is alone kills it.
-        status = -signal.SIGKILL if processes == 1 else 0
+        # The last job of the process that is alone kills it, but for the slow ones.
+        status = -signal.SIGKILL if processes == 1 and not slow else 0
         self.run(f"layouts-{processes}" + "-slow" * slow, processes, lambda: jobs, status)
 
     def run_continued(self, processes: int) -> None:
