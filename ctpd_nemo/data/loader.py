@@ -139,7 +139,11 @@ class StepDataset(Dataset[StepBatch | InputError]):
         encoded: EncodedDataset | None = None,
     ) -> None:
         check_budget(
-            batching.microbatch_tokens, encoder.max_length, batching.pad_to_multiple, batching.sequence_multiple
+            batching.microbatch_tokens,
+            encoder.max_length,
+            batching.pad_to_multiple,
+            batching.sequence_multiple,
+            batching.padding,
         )
         if plan.n_pairs != len(dataset):
             raise ValueError(f"a plan for {plan.n_pairs} pairs and a dataset of {len(dataset)}")

@@ -24,6 +24,7 @@ def check_budget(
     max_length: int,
     pad_to_multiple: int,
     sequence_multiple: int = 1,
+    padding: str = "packed",
     place: str = "data.microbatch_tokens",
 ) -> None:
     """Stop where a pair that passes the length limit could not fit a microbatch; ``place`` names the budget's key.
@@ -33,7 +34,9 @@ def check_budget(
             padded to.
     """
     multiple = whole_multiple(pad_to_multiple, sequence_multiple)
-    least = 2 * round_up(max_length, multiple)
+    # Packed, the last sequence alone takes the padding of the microbatch; padded, every one does.
+    own = sequence_multiple if padding == "packed" else multiple
+    least = round_up(2 * round_up(max_length, own), multiple)
     if budget < least:
         raise InputError(place, str(budget), f"at least {least}: two sequences of max_length {max_length}, padded")
     if budget % multiple:

@@ -102,7 +102,8 @@ def check_layout(job: Job, layout: Layout) -> None:
     for model in job.models:
         # Only sizes are looked at: what Transformer Engine would fuse does not matter here.
         transformer_config(model.architecture, layout.parallel, job.precision, use_transformer_engine=False)
-    check_budget(layout.microbatch_tokens, job.max_length, layout.multiple(job.precision), layout.sequence_multiple)
+    multiples = layout.multiple(job.precision), layout.sequence_multiple
+    check_budget(layout.microbatch_tokens, job.max_length, *multiples, job.padding)
 
 
 def memory(job: Job, layout: Layout) -> list[StageMemory]:

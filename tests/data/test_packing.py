@@ -57,14 +57,22 @@ def test_a_pair_over_the_budget_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (199, "found 199; expected at least 208: two sequences of max_length 100, padded"),
+        (199, "found 199; expected at least 200: two sequences of max_length 100, padded"),
         (209, "found 209; expected a multiple of 8"),
     ],
 )
 def test_a_budget_that_cannot_hold_a_longest_pair_is_refused(budget: int, message: str) -> None:
     with pytest.raises(InputError, match=rf"data\.microbatch_tokens: {message}"):
         check_budget(budget, max_length=100, pad_to_multiple=8)
-    check_budget(208, max_length=100, pad_to_multiple=8)
+    check_budget(200, max_length=100, pad_to_multiple=8)
+    with pytest.raises(InputError, match="found 200; expected at least 208"):
+        check_budget(200, max_length=100, pad_to_multiple=8, padding="padded")
     check_budget(216, max_length=100, pad_to_multiple=6, sequence_multiple=4)
     with pytest.raises(InputError, match="found 220; expected a multiple of 12"):
         check_budget(220, max_length=100, pad_to_multiple=6, sequence_multiple=4)
+
+
+def test_microbatches_that_are_all_filled_up_hold_a_longest_pair() -> None:
+    """What overlapped tensor parallelism asks for: the budget is the multiple."""
+    check_budget(256, max_length=128, pad_to_multiple=256)
+    check_budget(256, max_length=127, pad_to_multiple=256, sequence_multiple=4)
