@@ -8,6 +8,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
+from ctpd_nemo.parallel.userbuffers import check_userbuffers
 
 
 @dataclass
@@ -90,7 +91,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self, world_size: int) -> None:
-        """Stop with an ``InputError`` where a value cannot be used, or sizes do not fit ``world_size`` processes.
+        """Stop with an ``InputError`` where a value cannot be used on this machine, or sizes in a ``world_size``.
 
         What goes with the data is checked where it is opened.
         """
@@ -100,6 +101,8 @@ class RunConfig:
         self.optim.check()
         self.precision.check()
         self.trainer.check()
+        self.precision.check_device()
+        check_userbuffers(self.parallel)
 
     def policy_side(self) -> SideConfig:
         """The model that is trained."""

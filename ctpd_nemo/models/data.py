@@ -11,6 +11,7 @@ from ctpd_nemo.data.batch import Microbatch, Responses, SideName, SpanScores
 from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset
 from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
+from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
@@ -102,16 +103,7 @@ class RunData:
         self.scores: SpanScores | None = None
         self.encoded: dict[str, EncodedDataset] = {}
         self.weights: dict[str, str] = {}
-        parallel = run.parallel
-        self.batching = Batching(
-            run.data.microbatch_tokens,
-            online=online,
-            responses=responses,
-            padding=run.data.packing,  # type: ignore[arg-type]
-            pad_to_multiple=_pad_to_multiple(run, online),
-            # A context-parallel rank takes two of a sequence's 2 x context equal parts, one from either end.
-            sequence_multiple=2 * parallel.context if parallel.context > 1 else 1,
-        )
+        self.batching = batching_of(run, responses, online)
         if not run.data.train:
             raise InputError("data.train", "no files", "one or more preference files")
         self.train = open_preferences(run.data.train, split=run.data.split, on_bad=run.data.on_bad)
@@ -193,6 +185,39 @@ class RunData:
         }
 
 
+def batching_of(run: RunConfig, responses: Responses = ("chosen", "rejected"), online: bool = False) -> Batching:
+    """How pairs become microbatches under the layout and the number formats of a run.
+
+    Args:
+        run: The configuration.
+        responses: Both responses of a pair, or the chosen ones alone.
+        online: Also build the reference's microbatches.
+
+    Raises:
+        InputError: Microbatches of the token budget cannot be shared out so, or do not hold a longest pair.
+    """
+    batching = Batching(
+        run.data.microbatch_tokens,
+        online=online,
+        responses=responses,
+        padding=run.data.packing,  # type: ignore[arg-type]
+        pad_to_multiple=_pad_to_multiple(run, online),
+        # A context-parallel rank takes two of a sequence's 2 x context equal parts, one from either end.
+        sequence_multiple=2 * run.parallel.context if run.parallel.context > 1 else 1,
+    )
+    # A scoring job has a budget of its own.
+    own = getattr(run.method, "microbatch_tokens", None)
+    check_budget(
+        own or run.data.microbatch_tokens,
+        run.data.max_length,
+        batching.pad_to_multiple,
+        batching.sequence_multiple,
+        batching.padding,
+        place="method.microbatch_tokens" if own else "data.microbatch_tokens",
+    )
+    return batching
+
+
 def _pad_to_multiple(run: RunConfig, online: bool) -> int:
     """What the layout and the number formats can share out: the tokens of a microbatch are a multiple of it.
 
@@ -202,10 +227,14 @@ def _pad_to_multiple(run: RunConfig, online: bool) -> int:
     multiple = run.parallel.token_shares() * run.precision.token_multiple
     if not run.parallel.overlap_tensor:
         return multiple
+    if run.method.name == "score":
+        raise InputError("parallel.overlap_tensor", "true", "false: microbatches are as large as fit when scoring")
     # Its buffers are of one size, which every microbatch then has.
     if run.data.microbatch_tokens % multiple:
         found = f"{run.data.microbatch_tokens} with parallel.overlap_tensor"
         raise InputError("data.microbatch_tokens", found, f"a multiple of {multiple}")
+    if run.data.packing != "packed":
+        raise InputError("data.packing", f"{run.data.packing} with parallel.overlap_tensor", "packed")
     if online:
         raise InputError("parallel.overlap_tensor", "true with teachers beside the student", "scores from a cache")
     return run.data.microbatch_tokens

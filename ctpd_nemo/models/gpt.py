@@ -61,7 +61,7 @@ def transformer_config(
     Raises:
         InputError: The sizes do not divide.
     """
-    _check_sizes(architecture, parallel, precision)
+    check_sizes(architecture, parallel, precision)
     window = architecture.sliding_window
     recompute: dict[str, Any] = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
     if parallel.recompute == "full":
@@ -116,7 +116,8 @@ def transformer_config(
     )
 
 
-def _check_sizes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+def check_sizes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+    """Stop with an ``InputError`` where a model cannot be cut up so; process groups need not be there."""
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if architecture.num_layers % chunks:
         raise InputError(

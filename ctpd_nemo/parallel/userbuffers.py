@@ -13,6 +13,12 @@ from ctpd_nemo.parallel.precision import PrecisionConfig
 _current: dict[str, tuple[int, int, int, str | None]] = {}
 
 
+def check_userbuffers(parallel: ParallelConfig) -> None:
+    """Stop with an ``InputError`` where a layout asks for buffers that this machine cannot have."""
+    if parallel.overlap_tensor and not transformer_engine_available():
+        raise InputError("parallel.overlap_tensor", "true without them", "GPUs and Transformer Engine")
+
+
 def prepare_userbuffers(
     parallel: ParallelConfig, precision: PrecisionConfig, num_tokens: int, hidden_size: int
 ) -> None:
@@ -29,8 +35,7 @@ def prepare_userbuffers(
     """
     if not parallel.overlap_tensor:
         return
-    if not transformer_engine_available():
-        raise InputError("parallel.overlap_tensor", "true without them", "GPUs and Transformer Engine")
+    check_userbuffers(parallel)
     from transformer_engine.pytorch.module import base as engine
 
     wanted = (num_tokens // parallel.context, hidden_size, parallel.tensor, precision.fp8)

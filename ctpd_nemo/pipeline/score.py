@@ -14,12 +14,12 @@ from lightning.pytorch import Trainer
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.encode import SideName
 from ctpd_nemo.data.loader import StepDataset, StepLoader
-from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.forward import sum_over_data_parallel
+from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
 from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
@@ -48,16 +48,13 @@ def score(run: RunConfig) -> Path:
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
     method.check()
-    if run.parallel.overlap_tensor:
-        raise InputError("parallel.overlap_tensor", "true", "false: microbatches are as large as fit when scoring")
     cache, folders = Path(str(method.cache)), method.folders()
     data = RunData(run, ("chosen", "rejected"), two_sided=method.two_sided(run.policy))
-    multiples = data.batching.pad_to_multiple, data.batching.sequence_multiple
-    if method.microbatch_tokens is not None:
-        check_budget(method.microbatch_tokens, run.data.max_length, *multiples, place="method.microbatch_tokens")
     for role, folder in folders.items():
         side = data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference
-        check_vocabulary(side, read_architecture(folder).vocab_size, folder)
+        architecture = read_architecture(folder)
+        check_sizes(architecture, run.parallel, run.precision)
+        check_vocabulary(side, architecture.vocab_size, folder)
     initialize(run.parallel, run.seed)
     writer = ScoreWriter(
         cache,

@@ -26,7 +26,8 @@ from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
-from ctpd_nemo.models.data import check_vocabulary, load_side
+from ctpd_nemo.models.data import batching_of, check_vocabulary, load_side
+from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
@@ -123,11 +124,32 @@ def _check(config: DictConfig) -> None:
         run = stage_config(config, stage, inputs)
         run.check(world_size())
         run.data.check()
+        _check_sizes(config, stage, run)
         side, key = run.policy_side(), f"model.{run.policy}"
         if f"{key}.path" not in stage.inputs and side.path is not None:
             architecture = read_architecture(side.path)
             SafetensorsFolder(side.path, architecture)
             check_vocabulary(load_side(side, key), architecture.vocab_size, side.path)
+
+
+def _check_sizes(config: DictConfig, stage: Stage, run: RunConfig) -> None:
+    """Look whether the models and microbatches of a stage can be cut up as it asks.
+
+    What an earlier stage makes has the sizes of the model that it begins with.
+    """
+    online = getattr(run.method, "reference", None) == "online" and "model.teacher.path" in stage.inputs
+    sides = {"student" if stage.name == "score_student" else "teacher"} if stage.scores else {run.policy}
+    if online:
+        sides.add("teacher")
+    try:
+        batching_of(run, online=online)
+        for side in sorted(sides):
+            made = f"model.{side}.path" in stage.inputs
+            path = config.model[side].path if made else getattr(run.model, side).path
+            if path is not None:
+                check_sizes(read_architecture(path), run.parallel, run.precision)
+    except InputError as error:
+        raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
 
 
 def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
+from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
@@ -46,13 +48,16 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     weighted = run.method if isinstance(run.method, WeightedConfig) else None
     beside = method.two_sided and reference == "online" and (weighted is None or "reference" in weighted.sides())
     data = RunData(run, method.responses, method.two_sided, online=beside)
+    folders = _starting_weights(run, data)
+    for path in folders.values():
+        check_sizes(read_architecture(path), run.parallel, run.precision)
     initialize(run.parallel, run.seed)
     use_encoded(data)
     if reference == "cache":
         data.scores = _open_scores(run, data)
     elif weighted is not None and weighted.weighting(run.seed).draws:
         data.scores = SpanDraws(run.seed)
-    data.weights = weights_fingerprints(_starting_weights(run, data))
+    data.weights = weights_fingerprints(folders)
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
     newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))

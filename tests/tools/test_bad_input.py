@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -16,8 +17,10 @@ from ctpd_nemo.pipeline import entry
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.stages import run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
+from tests.pipeline.recipe import composed, recipe
 from tests.pipeline.tool import run_tool
 from tests.tools.refusal import Rows, content, edited, refused, values
 
@@ -229,6 +232,83 @@ def test_parallel_sizes_that_do_not_divide_the_world_are_named(
     for task, changed in ((train, {}), (score, {"method": method})):
         error = refused(task, values(world, run_dir, parallel=parallel, **changed), run_dir)
         assert (error.place, error.found) == ("parallel", found)
+
+
+OVERLAPPED = {"tensor": 2, "sequence": True, "overlap_tensor": True}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what only machines without a GPU refuse")
+@pytest.mark.parametrize(
+    ("processes", "changed", "place", "found"),
+    [
+        (1, {"precision": {"dtype": "bf16", "fp8": "current"}}, "precision.fp8", "current on a machine without it"),
+        (2, {"parallel": OVERLAPPED}, "parallel.overlap_tensor", "true without them"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_said_before_pairs_are_encoded(
+    world: TinyWorld,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: int,
+    changed: dict[str, Any],
+    place: str,
+    found: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    method = {"name": "score", "cache": str(run_dir / "cache"), "reference": str(world.teacher)}
+    for task, other in ((train, {}), (score, {"method": method})):
+        job = values(world, run_dir, data={"encoded": str(run_dir / "encoded")}, **changed, **other)
+        error = refused(task, job, run_dir)
+        assert (error.place, error.found) == (place, found)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "place", "found"),
+    [
+        ({"pipeline": 3}, "parallel.pipeline", "3 chunks for a model of 2 layers"),
+        ({"pipeline": 3, "virtual_pipeline": 2}, "parallel.pipeline", "6 chunks for a model of 2 layers"),
+        ({"tensor": 3}, "parallel.tensor", "3 for a model of num_attention_heads"),
+        ({"context": 3, "context_communication": "a2a"}, "parallel.context", "3 with "),
+        ({"context": 3}, "data.microbatch_tokens", "256"),
+    ],
+    ids=str,
+)
+def test_a_layout_that_does_not_divide_the_model_is_named_before_processes_meet(
+    world: TinyWorld,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parallel: dict[str, Any],
+    place: str,
+    found: str,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    budget = 256 if place.startswith("data") else 264
+    method = {"name": "score", "cache": str(run_dir / "cache"), "reference": str(world.teacher)}
+    for task, other in ((train, {}), (score, {"method": method})):
+        job = values(world, run_dir, parallel=parallel, data={"microbatch_tokens": budget}, **other)
+        error = refused(task, job, run_dir)
+        assert error.place == place
+        assert error.found.startswith(found)
+
+
+@pytest.mark.parametrize(
+    ("override", "place", "found"),
+    [
+        ("+stages.ctpd.parallel.pipeline=3", "stage ctpd, parallel.pipeline", "3 chunks for a model of 2 layers"),
+        ("+stages.score.parallel.pipeline=3", "stage score, parallel.pipeline", "3 chunks for a model of 2 layers"),
+        ("+stages.ctpd.parallel.context=3", "stage ctpd, data.microbatch_tokens", "256"),
+        ("+stages.score.method.microbatch_tokens=255", "stage score, method.microbatch_tokens", "255"),
+    ],
+)
+def test_the_layout_of_a_last_stage_is_looked_at_before_the_first_begins(
+    world: TinyWorld, run_dir: Path, monkeypatch: pytest.MonkeyPatch, override: str, place: str, found: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    before = content(run_dir)
+    with pytest.raises(InputError) as error:
+        run_pipeline(composed("pipeline", [*recipe(world, run_dir), override]))
+    assert (error.value.place, error.value.found) == (place, found)
+    assert content(run_dir) == before
 
 
 @pytest.mark.parametrize(
