@@ -1,8 +1,8 @@
 """Writing an encoded dataset: worker processes encode a shard each."""
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -73,10 +73,18 @@ def _begin(folder: Path, manifest: Manifest) -> None:
     if (folder / MANIFEST).exists() or any(folder.glob("shard-*")):
         manifest.check(folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    writing = folder / f"{MANIFEST}.writing-{os.getpid()}"
-    writing.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    writing.replace(folder / MANIFEST)
+    writing = _writing(folder / MANIFEST)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writing.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        writing.replace(folder / MANIFEST)
+    except OSError as error:
+        raise InputError(str(folder), str(error.strerror), "a folder that can be written") from error
+
+
+def _writing(target: Path) -> Path:
+    """A temporary name that nobody else uses: a job in another container may have the same process number."""
+    return target.with_name(f"{target.name}.writing-{uuid.uuid4().hex[:12]}")
 
 
 class _Shards:
@@ -92,7 +100,7 @@ class _Shards:
 
     def __getitem__(self, shard: int) -> int | InputError:
         target = shard_folder(self._folder, shard)
-        writing = target.with_name(f"{target.name}.writing-{os.getpid()}")
+        writing = _writing(target)
         try:
             arrays = self._arrays(self._manifest.rows(shard))
             writing.mkdir()

@@ -9,7 +9,7 @@ from torch import Tensor
 from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.models.cost import stage_parameters
+from ctpd_nemo.models.cost import layer_matrix_parameters, stage_parameters
 from ctpd_nemo.models.forward import OutputReader, StepLoss, run_microbatches, span_logprobs
 from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel.layout import ParallelConfig, local_device
@@ -17,10 +17,23 @@ from ctpd_nemo.parallel.precision import PrecisionConfig
 
 
 def weight_bytes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> int:
-    """Bytes of a frozen model's weights on the rank that holds most; process groups need not be there."""
-    stages = {(True, True)} if parallel.pipeline == 1 else {(True, False), (False, True)}
-    most = max(stage_parameters(architecture, parallel.tensor, parallel.pipeline, *ends) for ends in stages)
-    return most * precision.torch_dtype().itemsize
+    """Bytes of a frozen model's weights on the rank that holds most, FP8 ones included; needs no process groups."""
+    element = precision.torch_dtype().itemsize
+    more_of_layer = (precision.frozen_matrix_bytes - element) * layer_matrix_parameters(architecture) / parallel.tensor
+    found = []
+    for stage in range(parallel.pipeline):
+        ends = stage == 0, stage == parallel.pipeline - 1
+        weights = stage_parameters(architecture, parallel.tensor, parallel.pipeline, *ends)
+        found.append(weights * element + more_of_layer * _fp8_layers(architecture, parallel, precision, stage))
+    return round(max(found))
+
+
+def _fp8_layers(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig, stage: int) -> int:
+    """Layers of a pipeline stage that do not stay in bf16; chunks of a stage lie a round of the pipeline apart."""
+    first, behind = precision.bf16_first_layers, architecture.num_layers - precision.bf16_last_layers
+    in_chunk = architecture.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
+    layers = (n for n in range(architecture.num_layers) if n // in_chunk % parallel.pipeline == stage)
+    return sum(first <= layer < behind for layer in layers)
 
 
 class FrozenModel:

@@ -10,12 +10,13 @@ from ctpd_nemo.parallel.layers import transformer_engine_available
 
 # What each recipe is called in Megatron-Core, and what the shapes of its products must be multiples of: tokens a
 # rank in its part of a sequence, and widths. Of Transformer Engine 2.11: cuBLAS wants 16, MXFP8 scales blocks of 32,
-# block scaling quantizes blocks of 128 and leaves the rest in bf16.
+# block scaling quantizes blocks of 128 and leaves the rest in bf16. Last, bytes of a value with its share of scales:
+# one a tensor, one fp32 in 128 values, one byte in 32.
 _RECIPES = {
-    "delayed": ("delayed", 16),
-    "current": ("tensorwise", 16),
-    "blockwise": ("blockwise", 128),
-    "mxfp8": ("mxfp8", 32),
+    "delayed": ("delayed", 16, 1.0),
+    "current": ("tensorwise", 16, 1.0),
+    "blockwise": ("blockwise", 128, 1 + 4 / 128),
+    "mxfp8": ("mxfp8", 32, 1 + 1 / 32),
 }
 
 
@@ -59,6 +60,16 @@ class PrecisionConfig:
     def token_multiple(self) -> int:
         """What the number of tokens on a rank must be a multiple of."""
         return 1 if self.fp8 is None else _RECIPES[self.fp8][1]
+
+    @property
+    def fp8_bytes(self) -> float:
+        """Bytes of a value in FP8, its share of the scales included; 0 without a recipe."""
+        return 0.0 if self.fp8 is None else _RECIPES[self.fp8][2]
+
+    @property
+    def frozen_matrix_bytes(self) -> float:
+        """Bytes of a weight of the layers' matrices in a frozen model: in FP8 in place of ``dtype``, or beside it."""
+        return self.fp8_bytes + (0 if self.fp8_frozen_weights else self.torch_dtype().itemsize)
 
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and activations."""

@@ -14,6 +14,7 @@ the numbers depend on.
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -322,7 +323,8 @@ def _shard_path(folder: Path, role: str, shard: int) -> Path:
 
 
 def _write_renamed(path: Path, write: Any) -> None:
-    writing = path.with_name(path.name + f".writing-{os.getpid()}")
+    # Not the number of the process: in containers and on other nodes another job may have the same.
+    writing = path.with_name(path.name + f".writing-{uuid.uuid4().hex[:12]}")
     try:
         write(writing)
         os.replace(writing, path)

@@ -5,10 +5,6 @@ from dataclasses import dataclass
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.parallel.precision import PrecisionConfig
 
-# What a linear layer keeps of each element of its input in FP8, scales included: one a tensor, one fp32 in 128
-# elements, one byte in 32.
-_FP8_BYTES = {"delayed": 1.0, "current": 1.0, "blockwise": 1 + 4 / 128, "mxfp8": 1 + 1 / 32}
-
 
 @dataclass(frozen=True)
 class Numerics:
@@ -42,10 +38,9 @@ def numerics_of(precision: PrecisionConfig, architecture: Architecture, frozen: 
         return Numerics(element, main, precision.dtype, element, element)
     kept_in_bf16 = precision.bf16_first_layers + precision.bf16_last_layers
     share = max(0.0, 1 - kept_in_bf16 / architecture.num_layers)
-    one = _FP8_BYTES[precision.fp8]
+    one = precision.fp8_bytes
     # FP8 by row for the forward pass, by column for the backward pass, beside the bf16 weight unless that is given up.
-    copies = one if frozen else 2 * one
-    linear = copies if frozen and precision.fp8_frozen_weights else element + copies
+    linear = precision.frozen_matrix_bytes if frozen else element + 2 * one
     return Numerics(
         element_bytes=element,
         main_bytes=main,

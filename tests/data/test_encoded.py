@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -230,13 +231,14 @@ def test_writing_goes_on_at_the_first_missing_shard(
     progress.close()
     with pytest.raises(InputError, match="found no shard-00002; expected every shard"):
         EncodedDataset(folder, manifest)
-    # What a job that was killed while it wrote leaves.
-    (folder / "shard-00002.writing-1").mkdir()
-    (folder / "shard-00002.writing-1" / "tokens.npy").write_bytes(b"half")
+    # What a job that was killed while it wrote leaves; in a container the next one has the same process number.
+    left = folder / f"shard-00002.writing-{os.getpid()}"
+    left.mkdir()
+    (left / "tokens.npy").write_bytes(b"half")
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.npy")}
     assert list(write_encoded(folder, manifest, source, num_workers=0)) == [(done, 5) for done in range(1, 6)]
     assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    shutil.rmtree(folder / "shard-00002.writing-1")
+    shutil.rmtree(left)
     assert content(folder) == content(folders["two sides"])
 
 
@@ -372,6 +374,37 @@ def test_a_folder_that_cannot_be_written_is_named(
     with pytest.raises(InputError, match=r"shard-00000.*: found No space left on device; expected a folder"):
         write(tmp_path / "encoded", dataset, encoders["two sides"])
     assert [path.name for path in (tmp_path / "encoded").iterdir()] == ["manifest.json"]
+
+
+def test_a_place_that_cannot_hold_the_folder_is_named(
+    dataset: PreferenceDataset, encoders: dict[str, PairEncoder], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match=r"file/encoded: found .*; expected a folder that can be written"):
+        write(tmp_path / "file" / "encoded", dataset, encoders["two sides"])
+
+
+def test_jobs_of_one_process_number_do_not_disturb_each_other(
+    dataset: PreferenceDataset,
+    encoders: dict[str, PairEncoder],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Containers of several nodes: one job writes all of the shard that another is in the middle of."""
+    encoder, save = encoders["two sides"], np.save
+    other: list[EncodedDataset] = []
+
+    def interrupted(path: Path, *arguments: Any, **options: Any) -> None:
+        save(path, *arguments, **options)
+        if path.name == "tokens.npy" and not other:
+            monkeypatch.setattr(np, "save", save)
+            other.append(write(tmp_path / "encoded", dataset, encoder))
+
+    monkeypatch.setattr(np, "save", interrupted)
+    write(tmp_path / "encoded", dataset, encoder)
+    assert other
+    assert content(tmp_path / "encoded") == content(folders["two sides"])
 
 
 def test_a_shard_that_another_job_wrote_first_is_kept(

@@ -74,6 +74,31 @@ def test_weights_of_a_rank_are_those_that_loading_fills(tensor: int, pipeline: i
     assert weight_bytes(architecture, layout, PrecisionConfig("bf16")) == 2 * max(stages)
 
 
+@pytest.mark.parametrize(
+    ("precision", "first", "last"),
+    [
+        (PrecisionConfig(fp8="current"), 3, 3),
+        (PrecisionConfig(fp8="current", fp8_frozen_weights=True), 1, 1),
+        (PrecisionConfig(fp8="mxfp8", fp8_frozen_weights=True), 1 + 1 / 32, 1 + 1 / 32),
+        # One layer of two on the first stage stays in bf16, both of the last.
+        (PrecisionConfig(fp8="current", fp8_frozen_weights=True, bf16_first_layers=1, bf16_last_layers=2), 1.5, 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, PrecisionConfig) else "",
+)
+def test_weights_in_fp8_count_as_what_they_take(
+    precision: PrecisionConfig, first: float, last: float, architecture: Architecture
+) -> None:
+    matrices = [name for name in layer_parameters(architecture) if "norm" not in name and not name.endswith("bias")]
+    shapes = [blocks_shape(shard_blocks(layer_name(0, name), architecture, 0, 2), architecture) for name in matrices]
+    of_stage = 2 * sum(torch.Size(shape).numel() for shape in shapes)
+    stages = [
+        2 * (loaded(architecture, 2, 2, stage) - of_stage) + bytes_of_weight * of_stage
+        for stage, bytes_of_weight in enumerate((first, last))
+    ]
+    found = weight_bytes(architecture, ParallelConfig(tensor=2, pipeline=2), precision)
+    assert found == pytest.approx(max(stages), abs=1)
+
+
 def test_models_are_held_together_as_far_as_three_quarters_of_memory_go() -> None:
     assert model_passes([10, 10, 10], free=40, together=None) == [[0, 1, 2]]
     assert model_passes([10, 10, 10], free=39, together=None) == [[0, 1], [2]]

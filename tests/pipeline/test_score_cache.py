@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -364,7 +365,7 @@ def test_a_write_that_fails_midway_leaves_nothing_that_looks_like_a_shard(
 def test_what_a_killed_writer_left_behind_counts_for_nothing(tmp_path: Path) -> None:
     cache = writer(tmp_path)
     cache.begin()
-    (tmp_path / "reference-00000.parquet.writing-4711").write_bytes(b"PAR1 half a shard")
+    (tmp_path / f"reference-00000.parquet.writing-{os.getpid()}").write_bytes(b"PAR1 half a shard")
     assert writer(tmp_path).missing(["reference"]) == [0, 1, 2]
 
 
