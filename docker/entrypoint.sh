@@ -24,7 +24,7 @@ refuse() { # place, found, expected
 
 # A number of an environment variable, or an error that names it.
 number() { # name, value, least, expected
-    if [[ ! $2 =~ ^[0-9]{1,9}$ ]] || ((10#$2 < $3)); then
+    if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
         refuse "$1" "${2:-nothing}" "$4"
     fi
 }
@@ -42,8 +42,14 @@ first_host() {
 visible_gpus() {
     local listed
     if [[ -v CUDA_VISIBLE_DEVICES ]]; then
-        IFS=, read -ra listed <<<"$CUDA_VISIBLE_DEVICES"
-        echo "${#listed[@]}"
+        # CUDA sees those before the first that is none: -1, NoDevFiles.
+        local count=0 device
+        IFS=', ' read -ra listed <<<"$CUDA_VISIBLE_DEVICES"
+        for device in "${listed[@]}"; do
+            [[ $device =~ ^([0-9]+|GPU-.+|MIG-.+)$ ]] || break
+            count=$((count + 1))
+        done
+        echo "$count"
     elif command -v nvidia-smi >/dev/null; then
         nvidia-smi --list-gpus | grep -c '^GPU ' || true
     else
@@ -76,12 +82,15 @@ launch() { # tool, arguments
     else
         local rank=${NODE_RANK:-${SLURM_NODEID:-}}
         local address=${MASTER_ADDR:-$(first_host "${SLURM_STEP_NODELIST:-}")}
-        local port=${MASTER_PORT:-$((${SLURM_JOB_ID:-9500} % 10000 + 20000))}
+        local job=${SLURM_JOB_ID:-9500}
+        number SLURM_JOB_ID "$job" 0 "the number of a job"
+        local port=${MASTER_PORT:-$((job % 10000 + 20000))}
         local ranks="0 to $((nnodes - 1)), another on each of NNODES=$nnodes"
         number NODE_RANK "$rank" 0 "$ranks"
-        ((10#$rank < nnodes)) || refuse NODE_RANK "$rank" "$ranks"
+        ((rank < nnodes)) || refuse NODE_RANK "$rank" "$ranks"
         [[ $address ]] || refuse MASTER_ADDR nothing "the name of node 0, the same on each of NNODES=$nnodes"
-        number MASTER_PORT "$port" 1 "a port of node 0"
+        number MASTER_PORT "$port" 1 "a port of node 0, 1 to 65535"
+        ((port <= 65535)) || refuse MASTER_PORT "$port" "a port of node 0, 1 to 65535"
         options+=("--node-rank=$rank" "--master-addr=$address" "--master-port=$port")
         options+=("--rdzv-conf=timeout=$rendezvous_seconds")
     fi

@@ -51,7 +51,7 @@ shift || true # the --, where there is one
 declare -A stands=() # stage -> place of its job on the command line, from 1
 for index in "${!jobs[@]}"; do
     job=${jobs[index]}
-    [[ $job =~ ^[a-z_,]+:[1-9][0-9]*$ ]] || refuse "$job" "no such form" "STAGE[,STAGE ...]:NODES"
+    [[ $job =~ ^[a-z_]+(,[a-z_]+)*:[1-9][0-9]*$ ]] || refuse "$job" "no such form" "STAGE[,STAGE ...]:NODES"
     IFS=, read -ra stages <<<"${job%:*}"
     for stage in "${stages[@]}"; do
         [[ -v builds_on[$stage] ]] || refuse "$job" "stage '$stage'" "$known"
@@ -67,6 +67,8 @@ for stage in "${!stands[@]}"; do
     done
 done
 
+# Not by --export, which would cut a path at a comma.
+export CTPD_ROOT=$root
 declare -A made_by=() # stage -> number of its job
 for job in "${jobs[@]}"; do
     IFS=, read -ra stages <<<"${job%:*}"
@@ -78,7 +80,7 @@ for job in "${jobs[@]}"; do
             fi
         done
     done
-    options=("--nodes=${job#*:}" "--job-name=ctpd-${stages[0]}" "--export=ALL,CTPD_ROOT=$root")
+    options=("--nodes=${job#*:}" "--job-name=ctpd-${stages[0]}" --export=ALL)
     if ((${#waits[@]})); then
         # A job whose turn can no longer come leaves the queue.
         options+=("--dependency=$(IFS=: && echo "afterok:${waits[*]}")" --kill-on-invalid-dep=yes)

@@ -40,6 +40,8 @@ def torchrun_options(stubs: Stubs, **environment: str) -> list[str]:
     [
         ({}, 2),
         ({"CUDA_VISIBLE_DEVICES": "0,2,5"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "0, GPU-8a6f,MIG-1,"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "3,1,-1,0"}, 2),
         ({"NPROC_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
         ({"NPROC_PER_NODE": "1", "CUDA_VISIBLE_DEVICES": ""}, 1),
         ({"NNODES": "1", "MASTER_ADDR": "elsewhere", "NODE_RANK": "0"}, 2),
@@ -97,15 +99,22 @@ FOUR = {"NNODES": "4", "NODE_RANK": "0", "MASTER_ADDR": "a", "NPROC_PER_NODE": "
     ("environment", "said"),
     [
         ({"CUDA_VISIBLE_DEVICES": ""}, "NPROC_PER_NODE: found nothing, and no GPU; expected"),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, "NPROC_PER_NODE: found nothing, and no GPU; expected"),
+        ({"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, "NPROC_PER_NODE: found nothing, and no GPU; expected"),
         ({}, "NPROC_PER_NODE: found nothing, and no GPU; expected"),
         (FOUR | {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE: found all; expected"),
         (FOUR | {"NNODES": "0"}, "NNODES: found 0; expected"),
         (FOUR | {"NNODES": "2:4"}, "NNODES: found 2:4; expected"),
+        (FOUR | {"NNODES": "08"}, "NNODES: found 08; expected"),
+        (FOUR | {"NNODES": "a[$(touch made)]"}, "NNODES: found a[$(touch made)]; expected"),
+        (FOUR | {"NODE_RANK": "a b"}, "NODE_RANK: found a b; expected 0 to 3"),
         (FOUR | {"NODE_RANK": ""}, "NODE_RANK: found nothing; expected 0 to 3, another on each"),
         (FOUR | {"NODE_RANK": "4"}, "NODE_RANK: found 4; expected 0 to 3"),
         (FOUR | {"NODE_RANK": "-1"}, "NODE_RANK: found -1; expected 0 to 3"),
         (FOUR | {"MASTER_ADDR": ""}, "MASTER_ADDR: found nothing; expected the name of node 0"),
         (FOUR | {"MASTER_PORT": "http"}, "MASTER_PORT: found http; expected"),
+        (FOUR | {"MASTER_PORT": "65536"}, "MASTER_PORT: found 65536; expected"),
+        (SLURM | {"NPROC_PER_NODE": "8", "SLURM_JOB_ID": "x[$(touch made)]"}, "SLURM_JOB_ID: found x[$(touch made)]; "),
         (
             SLURM | {"SLURM_STEP_NUM_TASKS": "32"},
             "SLURM_STEP_NUM_TASKS: found 32 tasks on 4 nodes; expected one",
@@ -120,6 +129,7 @@ def test_what_is_missing_is_named_in_one_line(stubs: Stubs, environment: dict[st
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {said}")
     assert not any(call[0] == "torchrun" for call in stubs.calls())
+    assert not (stubs.folder / "made").exists()
 
 
 def test_no_command_is_an_error(stubs: Stubs) -> None:

@@ -1,8 +1,10 @@
 """The pipeline as Slurm jobs: which wait for which, what each runs, and how one goes back into the queue."""
 
 import re
+import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,12 +36,21 @@ def test_a_job_is_submitted_with_its_nodes_stages_and_configuration(stubs: Stubs
         "--parsable",
         "--nodes=3",
         "--job-name=ctpd-score",
-        f"--export=ALL,CTPD_ROOT={ROOT}",
+        "--export=ALL",
         str(ROOT / JOB),
         "experiment=tiny",
         "data.train=[a b.jsonl]",
         "only=[score,ctpd]",
     ]
+
+
+def test_jobs_are_told_of_the_checkout_whatever_its_path(stubs: Stubs, tmp_path: Path) -> None:
+    checkout = tmp_path / "a, b=c é"
+    shutil.copytree(ROOT / "docker", checkout / "docker")
+    stubs.add("sbatch", 'printf "%s" "$CTPD_ROOT" > "${0%/*}/told"; echo 7')
+    done = stubs.run(str(checkout / SUBMIT), "score:1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (stubs.folder / "told").read_text() == str(checkout)
 
 
 def test_each_job_waits_for_those_that_make_its_inputs_and_no_others(stubs: Stubs) -> None:
@@ -69,6 +80,9 @@ def test_stages_of_one_job_wait_together_and_those_done_before_are_not_waited_fo
         (["--", "experiment=tiny"], "command line: found no stages; expected STAGE"),
         (["score"], "score: found no such form; expected STAGE"),
         (["score:0"], "score:0: found no such form; expected STAGE"),
+        ([",:1"], ",:1: found no such form; expected STAGE"),
+        (["score,:1"], "score,:1: found no such form; expected STAGE"),
+        (["score,,ctpd:1"], "score,,ctpd:1: found no such form; expected STAGE"),
         (["scores:1"], "scores:1: found stage 'scores'; expected sft_teacher, "),
         (["score:1", "score:2"], "score:2: found score a second time; expected each stage once"),
         (["sft_student:1", "ctpd:1", "score:1"], "ctpd: found before score; expected the stages in the order"),
