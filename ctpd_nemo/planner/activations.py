@@ -2,8 +2,9 @@
 
 Two kinds of layer. ``local`` is what runs without Transformer Engine (``parallel.layers``): plain norms that keep fp32
 copies, attention over a padded batch, an unfused SwiGLU. It is checked against counted storages. ``fused`` is
-Transformer Engine's: fused norms and linear layers, flash attention on packed sequences, a fused SwiGLU. It is read off
-the ``save_for_backward`` calls of Transformer Engine 2 and Megatron-Core 0.16 and has not been compared with a GPU.
+Transformer Engine's: fused norms and linear layers, flash attention on packed sequences, a fused SwiGLU. It
+follows the ``save_for_backward`` calls of Transformer Engine 2 and Megatron-Core 0.16 in outline, and has not been
+compared with a GPU.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,6 @@
 """The machine, in the numbers of its data sheet, and how much of them a run is taken to reach."""
 
+import math
 from dataclasses import dataclass, fields
 
 from ctpd_nemo.errors import InputError
@@ -61,7 +62,7 @@ class Hardware:
             value = getattr(self, field.name)
             if field.name == "name":
                 continue
-            if value < 0 or (
+            if not 0 <= value < math.inf or (
                 value == 0 and not field.name.endswith(("_us", "_ms", "start_s", "reserved_gib", "headroom"))
             ):
                 raise InputError(f"hardware.{field.name}", str(value), "a positive number")

@@ -17,6 +17,7 @@ from ctpd_nemo.planner.jobs import Job, find_jobs
 from ctpd_nemo.planner.report import (
     assumptions,
     estimate_as_dict,
+    idle_ranks,
     layout_table,
     memory_table,
     models_table,
@@ -62,20 +63,24 @@ class Plan:
         notes: What the numbers rest on.
         tables: For people.
         values: For programs.
+        warnings: What a layout wastes, beside the numbers that show it.
     """
 
     heading: str
     notes: list[str]
     tables: list[Table]
     values: dict[str, Any]
+    warnings: list[str] = field(default_factory=list)
 
     def as_text(self) -> str:
         """For a terminal."""
-        return "\n\n".join([self.heading, *(table.as_text() for table in self.tables), "\n".join(self.notes)])
+        warnings = ["\n".join(f"warning: {warning}" for warning in self.warnings)] if self.warnings else []
+        tables = (table.as_text() for table in self.tables)
+        return "\n\n".join([self.heading, *tables, *warnings, "\n".join(self.notes)])
 
     def as_markdown(self) -> str:
         """The same."""
-        notes = "\n".join(f"- {note}" for note in self.notes)
+        notes = "\n".join([*(f"- Warning: {warning}" for warning in self.warnings), *(f"- {n}" for n in self.notes)])
         return "\n\n".join([f"# {self.heading}", *(table.as_markdown() for table in self.tables), notes]) + "\n"
 
 
@@ -160,11 +165,14 @@ def _single(jobs: list[Job], gpus: int, layout: str, hardware: Hardware, lengths
     ]
     if layout == "given":
         tables += [layout_table(best, f"The best layouts on {gpus} GPUs"), time_table(best, hardware)]
+    warnings = [one for one in map(idle_ranks, chosen) if one]
     values = {
+        "warnings": warnings,
         "stages": [estimate_as_dict(one, hardware) for one in chosen],
         "best": [estimate_as_dict(one, hardware) for one in best],
     }
-    return _plan(f"Plan for {gpus} {hardware.name}", tables, values, hardware, lengths)
+    found = _plan(f"Plan for {gpus} {hardware.name}", tables, values, hardware, lengths)
+    return dataclasses.replace(found, warnings=warnings)
 
 
 def _study(jobs: list[Job], sizes: list[int], hardware: Hardware, lengths: Lengths) -> Plan:

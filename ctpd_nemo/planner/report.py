@@ -150,6 +150,19 @@ def stop_table(studies: Sequence[StageStudy]) -> Table:
     return Table(title, [" stage", "GPUs", "hours", "GPU-hours", " why"], rows)
 
 
+def idle_ranks(estimate: Estimate) -> str | None:
+    """What to say of a training stage with more data-parallel ranks than a step has pairs."""
+    job, layout = estimate.job, estimate.layout
+    idle = layout.data_ranks - job.pairs
+    if job.model is None or idle <= 0:
+        return None
+    useful = job.pairs * layout.gpus // layout.data_ranks
+    return (
+        f"{job.name}: a step of {job.pairs} pairs (data.global_batch_size) leaves {idle} of {layout.data_ranks} "
+        f"data-parallel ranks idle; in this layout at most {useful} GPUs have work"
+    )
+
+
 def assumptions(hardware: Hardware, lengths_source: str) -> list[str]:
     """What the numbers rest on, a line each."""
     h = hardware

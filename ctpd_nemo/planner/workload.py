@@ -40,9 +40,9 @@ class Workload:
     def check(self) -> None:
         """Stop with an ``InputError`` where a number cannot be one."""
         for name in ("pairs", "mean_prompt_tokens", "mean_response_tokens"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise InputError(f"workload.{name}", str(getattr(self, name)), "1 or more")
-        if self.spread < 0:
+        if not 0 <= self.spread < math.inf:
             raise InputError("workload.spread", str(self.spread), "0 or more")
         if self.measure < 0:
             raise InputError("workload.measure", str(self.measure), "a number of pairs, or 0")
