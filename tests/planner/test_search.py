@@ -8,6 +8,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.planner.estimate import check_layout, estimate, fits, memory
 from ctpd_nemo.planner.hardware import GIB, Hardware
 from ctpd_nemo.planner.jobs import Job, Layout
+from ctpd_nemo.planner.report import idle_ranks
 from ctpd_nemo.planner.search import best_layout, fewest_gpus, fitting_layouts, given_layout
 from ctpd_nemo.planner.workload import Lengths
 from tests.planner.conftest import LARGE, SMALL, jobs_of
@@ -148,3 +149,41 @@ def test_more_memory_never_makes_the_best_slower(small: Jobs, lengths: Lengths, 
         times.append(float("inf") if best is None else best.step_seconds)
     assert times[0] >= 0.99 * times[1] >= 0.98 * times[2]
     assert h100.usable_bytes < 80 * GIB
+
+
+def test_the_student_on_64_gpus_leaves_ranks_idle_and_the_plan_says_so(h100: Hardware, lengths: Lengths) -> None:
+    large = jobs_of(LARGE)
+    assert idle_ranks(given_layout(large["ctpd"], 64, h100, lengths)) == (
+        "ctpd: a step of 16 pairs (data.global_batch_size) leaves 16 of 32 data-parallel ranks idle; "
+        "in this layout at most 32 GPUs have work"
+    )
+    for stage, gpus in (("ctpd", 32), ("sft_teacher", 64), ("score", 64)):
+        assert idle_ranks(given_layout(large[stage], gpus, h100, lengths)) is None
+
+
+@pytest.mark.parametrize(("stage", "each"), [("sft_teacher", 6), ("dpo_positive", 8)])
+def test_operations_of_an_experiment_are_six_for_a_weight_and_token_and_two_more_for_a_reference(
+    stage: str, each: int, h100: Hardware, lengths: Lengths
+) -> None:
+    """Of all weights but the embedding; the output layer is made at response tokens alone, attention comes on top."""
+    found = given_layout(jobs_of(LARGE)[stage], 64, h100, lengths)
+    closed = each * (72.7e9 - 152064 * 8192) * found.step_tokens
+    assert 0.97 * closed < found.model_flops < 1.05 * closed
+
+
+@pytest.mark.parametrize("recipe", ["fp8_delayed", "fp8_current", "fp8_blockwise", "mxfp8"])
+def test_every_recipe_has_a_plan_that_takes_more_memory_for_weights_and_less_time(
+    recipe: str, h100: Hardware, lengths: Lengths
+) -> None:
+    bf16, fp8 = (
+        given_layout(jobs_of(SMALL, f"precision={name}")["sft_teacher"], 8, h100, lengths) for name in ("bf16", recipe)
+    )
+    assert fp8.stages[0].weights > bf16.stages[0].weights
+    assert fp8.step_seconds < bf16.step_seconds
+
+
+def test_overlapped_tensor_parallelism_has_layouts(h100: Hardware) -> None:
+    job = jobs_of(SMALL)["sft_teacher"]
+    check_layout(job, Layout(8, replace(job.parallel, overlap_tensor=True), job.microbatch_tokens))
+    job = replace(job, parallel=replace(job.parallel, overlap_tensor=True))
+    assert any(layout.parallel.overlap_tensor for layout in fitting_layouts(job, 8, h100))
