@@ -29,7 +29,7 @@ class WorkerLoader(DataLoader[T]):
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         self.dataset.prepare()  # type: ignore[attr-defined]
         with _tokenizers_may_fork():
-            items = super().__iter__()
+            items: Iterator[T | InputError] = super().__iter__()
         if self.num_workers:
             items = _ahead(items)
         error = None

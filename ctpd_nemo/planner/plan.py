@@ -171,8 +171,8 @@ def _single(jobs: list[Job], gpus: int, layout: str, hardware: Hardware, lengths
         "stages": [estimate_as_dict(one, hardware) for one in chosen],
         "best": [estimate_as_dict(one, hardware) for one in best],
     }
-    found = _plan(f"Plan for {gpus} {hardware.name}", tables, values, hardware, lengths)
-    return dataclasses.replace(found, warnings=warnings)
+    plan = _plan(f"Plan for {gpus} {hardware.name}", tables, values, hardware, lengths)
+    return dataclasses.replace(plan, warnings=warnings)
 
 
 def _study(jobs: list[Job], sizes: list[int], hardware: Hardware, lengths: Lengths) -> Plan:
