@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline import entry
 from ctpd_nemo.pipeline.config import run_config
@@ -334,7 +335,7 @@ def test_a_value_that_cannot_be_used_is_named(
 def test_a_method_of_another_tool_is_named(world: TinyWorld, run_dir: Path) -> None:
     method = {"name": "score", "cache": str(run_dir / "cache"), "reference": str(world.teacher)}
     error = refused(train, values(world, run_dir, method=method), run_dir)
-    assert (error.place, error.expected) == ("method.name", "one of sft, dpo, ctpd")
+    assert (error.place, error.expected) == ("method.name", "one of " + ", ".join(METHODS))
     error = refused(score, values(world, run_dir), run_dir)
     assert (error.place, error.expected) == ("method.name", "score")
 
