@@ -23,6 +23,7 @@ from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, wh
 from ctpd_nemo.data.preferences import PreferenceDataset
 from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.data.top_k import TopK, TopKSource, build_top_k
 from ctpd_nemo.data.workers import WorkerLoader
 from ctpd_nemo.errors import InputError
 
@@ -104,6 +105,7 @@ class StepBatch:
         epoch: From 0.
         microbatches: At least one; a rank without a pair has a filler.
         reference_microbatches: The reference's, pair by pair like ``microbatches``; empty unless asked for.
+        top_k: What the teacher finds most likely at each token of these microbatches; empty unless asked for.
         skipped: The pairs left out.
         stats: Counts of this share.
         wait_seconds: How long the loader was waited for; that of its first step holds the start of the workers.
@@ -116,11 +118,13 @@ class StepBatch:
     skipped: list[Skipped]
     stats: StepStats
     wait_seconds: float = 0.0
+    top_k: list[TopK] = field(default_factory=list)
 
     def pin_memory(self) -> "StepBatch":
         """Page-lock the microbatches; the data loader calls it where there is a GPU."""
         self.microbatches = [microbatch.pin_memory() for microbatch in self.microbatches]
         self.reference_microbatches = [microbatch.pin_memory() for microbatch in self.reference_microbatches]
+        self.top_k = [top_k.pin_memory() for top_k in self.top_k]
         return self
 
 
@@ -137,6 +141,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
         dp_rank: int = 0,
         dp_size: int = 1,
         encoded: EncodedDataset | None = None,
+        top_k: TopKSource | None = None,
     ) -> None:
         check_budget(
             batching.microbatch_tokens,
@@ -154,6 +159,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
         self._plan = plan
         self._batching = batching
         self._scores = scores
+        self._top_k = top_k
         self._dp_rank, self._dp_size = dp_rank, dp_size
 
     def __len__(self) -> int:
@@ -178,7 +184,11 @@ class StepDataset(Dataset[StepBatch | InputError]):
         groups = self._pack(pairs)
         microbatches = self._microbatches(groups, self._batching.side)
         references = self._microbatches(groups, "reference") if self._batching.online else []
-        return StepBatch(step, epoch, microbatches, references, skipped, self._stats(pairs, skipped, microbatches))
+        stats = self._stats(pairs, skipped, microbatches)
+        batch = StepBatch(step, epoch, microbatches, references, skipped, stats)
+        if self._top_k is not None:
+            batch.top_k = [build_top_k(group, self._top_k) for group in groups]
+        return batch
 
     def _share(self, batch: list[int]) -> list[int]:
         """This rank's rows of a global batch; every rank finds the same split without encoding the others' pairs."""
@@ -279,6 +289,7 @@ def build_step_loader(
     start_step: int = 0,
     num_workers: int = 0,
     encoded: EncodedDataset | None = None,
+    top_k: TopKSource | None = None,
 ) -> StepLoader:
     """A loader of this rank's share of every step from ``start_step`` on.
 
@@ -293,11 +304,12 @@ def build_step_loader(
         start_step: The first step to give, as if all before it had been given.
         num_workers: Worker processes; 0 does the work in this one.
         encoded: The same pairs as this encoder encodes them, read instead of encoded anew.
+        top_k: What the teacher finds most likely, from the cache.
 
     Raises:
         InputError: The token budget does not hold a longest pair. While iterating: a row, template or score is bad.
     """
-    steps = StepDataset(dataset, encoder, plan, batching, scores, dp_rank, dp_size, encoded)
+    steps = StepDataset(dataset, encoder, plan, batching, scores, dp_rank, dp_size, encoded, top_k)
     return StepLoader(
         steps,  # type: ignore[arg-type]
         sampler=range(start_step, len(steps)),

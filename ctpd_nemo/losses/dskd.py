@@ -1,4 +1,4 @@
-r"""Dual-space distillation with cross-model attention (Zhang et al. 2024, section 3; the framework of Zhang et al. 2025).
+r"""Dual-space distillation with cross-model attention (Zhang et al. 2024, section 3; 2025 has the framework at large).
 
 Each model's hidden states are brought into the other's space, where its own output layer reads them. For two
 tokenizations of a response, n tokens of the student and m of the teacher, attention says which belong together:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -22,10 +23,12 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.data_wait import DataWait
 from ctpd_nemo.models.forward import (
+    OutputReader,
     StepLoss,
     equal_microbatches,
     mean_metrics,
     run_microbatches,
+    span_logprobs,
     sum_over_data_parallel,
 )
 from ctpd_nemo.models.gpt import build_gpt
@@ -86,9 +89,12 @@ class MegatronModel(ModelPT):
         """The loss of one microbatch, computed on the last pipeline stage.
 
         Args:
-            policy_S: Log-prob of each span under the policy, fp32 ``[num_spans]``.
+            policy_S: Log-prob of each span under the policy, fp32 ``[num_spans]``, or what else ``read_output`` gives.
             microbatch: The rest: weights, reference, pairs, and which response each span is of.
         """
+
+    # What a loss is made of: log-probs of spans, unless a method needs more of the model's output.
+    read_output: ClassVar[OutputReader] = staticmethod(span_logprobs)
 
     def prepare_step(self, batch: StepBatch) -> None:
         """Fill in what a method computes as it goes: the scores of an online reference."""
@@ -112,13 +118,20 @@ class MegatronModel(ModelPT):
         prepare_userbuffers(self.run.parallel, self.run.precision, tokens, width)
         gpt = build_gpt(self.architecture, self.run.parallel, self.run.precision)
         load_hf_weights(gpt, self.run_data.policy_path, self.architecture)
+        self.extend(gpt)
         self._chunks.extend(wrap_data_parallel(gpt, self.run.parallel))
+
+    def extend(self, chunks: list[GPTModel]) -> None:
+        """Add what a method trains beside the model, before the data-parallel wrappers; it is left out of exports."""
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rates after warm-up of parameters that have their own, by a pattern of their names."""
+        return {}
 
     def configure_optimizers(self) -> LightningOptimizer:  # type: ignore[override]
         """Megatron's AdamW and schedule over all steps of the run."""
-        return LightningOptimizer(
-            *build_optimizer(self.chunks, self.run.optim, self.run.parallel, self.run_data.total_steps)
-        )
+        steps, own_rates = self.run_data.total_steps, self.learning_rates()
+        return LightningOptimizer(*build_optimizer(self.chunks, self.run.optim, self.run.parallel, steps, own_rates))
 
     # Data
 
@@ -148,6 +161,7 @@ class MegatronModel(ModelPT):
         """Move the microbatches of a step."""
         batch.microbatches = [microbatch.to(device) for microbatch in batch.microbatches]
         batch.reference_microbatches = [microbatch.to(device) for microbatch in batch.reference_microbatches]
+        batch.top_k = [top_k.to(device) for top_k in batch.top_k]
         return batch
 
     def fingerprints(self) -> dict[str, str]:
@@ -239,8 +253,9 @@ class MegatronModel(ModelPT):
             missing = len(batch.microbatches) - len(batch.reference_microbatches)
             batch.reference_microbatches += [self.run_data.filler("reference").to(device) for _ in range(missing)]
         self.prepare_step(batch)
+        vocab_size = self.architecture.vocab_size
         return run_microbatches(
-            self.chunks, batch.microbatches, self.architecture.vocab_size, self.microbatch_loss, forward_only, device
+            self.chunks, batch.microbatches, vocab_size, self.microbatch_loss, forward_only, device, self.read_output
         )
 
 

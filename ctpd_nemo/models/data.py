@@ -16,6 +16,7 @@ from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.data.templates import Side
+from ctpd_nemo.data.top_k import TopKSource
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig, SideConfig
 from ctpd_nemo.models.cost import sequence_cost
@@ -65,6 +66,7 @@ class RunData:
         plan: Which pairs each step sees.
         batching: How pairs become microbatches.
         scores: Span scores by pair id, ``None`` where nothing is cached.
+        top_k: What the teacher finds most likely, by pair id, likewise.
         encoded: Encoded datasets of "train" and "validation"; those that are not here are encoded as they are read.
         weights: Fingerprints of the weights that the run starts from, by what they are to it.
     """
@@ -101,6 +103,7 @@ class RunData:
             self.policy, self.reference, run.data.include_eos, run.data.max_length, run.data.max_prompt_length
         )
         self.scores: SpanScores | None = None
+        self.top_k: TopKSource | None = None
         self.encoded: dict[str, EncodedDataset] = {}
         self.weights: dict[str, str] = {}
         self.batching = batching_of(run, responses, online)
@@ -162,6 +165,7 @@ class RunData:
             start_step=start_step,
             num_workers=self.run.data.num_workers,
             encoded=self.encoded.get(name),
+            top_k=self.top_k,
         )
 
     def filler(self, side: SideName = "policy") -> Microbatch:
@@ -181,6 +185,7 @@ class RunData:
             **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
             **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
             **({"scores": self.scores.fingerprint} if self.scores else {}),
+            **({"top_k": self.top_k.fingerprint} if self.top_k else {}),
             **{f"{name}_weights": fingerprint for name, fingerprint in self.weights.items()},
         }
 

@@ -7,9 +7,12 @@ from ctpd_nemo.data.batch import Responses
 from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.ctpd import CTPD, CTPDConfig
 from ctpd_nemo.models.dpo import DPO, DPOConfig
+from ctpd_nemo.models.dskd import DSKD, DSKDConfig
+from ctpd_nemo.models.multilevel_ot import MultiLevelOT, MultiLevelOTConfig
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.sft import SFT, SFTConfig
 from ctpd_nemo.models.tis_dpo import TISDPO, TISDPOConfig
+from ctpd_nemo.models.uld import ULD, ULDConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ METHODS = {
     "dpo": Method(DPOConfig, DPO, ("chosen", "rejected"), two_sided=False),
     "tis_dpo": Method(TISDPOConfig, TISDPO, ("chosen", "rejected"), two_sided=False),
     "ctpd": Method(CTPDConfig, CTPD, ("chosen", "rejected"), two_sided=True),
+    "uld": Method(ULDConfig, ULD, ("chosen",), two_sided=True),
+    "dskd": Method(DSKDConfig, DSKD, ("chosen",), two_sided=True),
+    "multilevel_ot": Method(MultiLevelOTConfig, MultiLevelOT, ("chosen",), two_sided=True),
 }
 
 # Every value of ``method.name``: what is trained, and scoring.

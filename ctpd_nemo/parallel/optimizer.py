@@ -1,16 +1,17 @@
 """Megatron's data-parallel wrapper, optimizer and learning-rate schedule, and their face towards Lightning."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from torch import Tensor
 
 from ctpd_nemo.errors import InputError
@@ -91,9 +92,22 @@ def _one_or_all(functions: list[Callable]) -> Any:
 
 
 def build_optimizer(
-    chunks: list[DistributedDataParallel], optim: OptimConfig, parallel: ParallelConfig, total_steps: int
+    chunks: list[DistributedDataParallel],
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    total_steps: int,
+    own_rates: Mapping[str, float] | None = None,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """AdamW over the chunks' parameters, fp32 main copies included, and its schedule over ``total_steps`` steps."""
+    """AdamW over the chunks' parameters, fp32 main copies included, and its schedule over ``total_steps`` steps.
+
+    Args:
+        chunks: This rank's chunks in their wrappers.
+        optim: Rates and decay.
+        parallel: The layout.
+        total_steps: Steps of the run.
+        own_rates: Learning rate after warm-up of parameters whose names match a pattern, in place of ``optim.lr``; it
+            ends at the share of it at which the others end.
+    """
     optim.check()
     config = chunks[0].config
     megatron_config = MegatronOptimizerConfig(
@@ -110,8 +124,14 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
+    overrides = get_standard_config_overrides(megatron_config)
+    for pattern, rate in (own_rates or {}).items():
+        last = rate * optim.min_lr / optim.lr if optim.lr else rate
+        overrides[ParamKey(name=pattern)] = ParamGroupOverride(max_lr=rate, min_lr=last)
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(megatron_config, chunks, use_gloo_process_groups=torch.cuda.is_available())
+        optimizer = get_megatron_optimizer(
+            megatron_config, chunks, overrides, use_gloo_process_groups=torch.cuda.is_available()
+        )
     if config.bf16:
         config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(

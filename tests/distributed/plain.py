@@ -150,26 +150,26 @@ class Method:
         return self.beta * (weights * (policy - reference)).sum(), policy.detach().sum()
 
 
-def train(method: Method, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
-    """Train on the pairs in file order."""
+def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
+    """Train on the pairs in file order; ``method`` has a ``policy``, a ``loss``, and perhaps something ``extra``."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     model, trained = _model(method.policy), Trained()
-    named = dict(model.named_parameters())
-    decayed = [p for p in named.values() if p.ndim > 1]
-    plain = [p for p in named.values() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=optim.lr,
-        eps=optim.eps,
-    )
+    named, extra = dict(model.named_parameters()), getattr(method, "extra", {})
+    groups = [
+        {"params": [p for p in those.values() if (p.ndim > 1) == matrix], "weight_decay": decay, "peak": peak}
+        for those, peak in ((named, optim.lr), (extra, getattr(method, "extra_lr", 0.0)))
+        for matrix, decay in ((True, optim.weight_decay), (False, 0.0))
+    ]
+    named = named | extra
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, eps=optim.eps)
     for step in range(total_steps):
         for group in optimizer.param_groups:
-            group["lr"] = optim.lr * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total_steps))
         optimizer.zero_grad()
         loss, metrics = method.loss(model, rows[step * global_batch : (step + 1) * global_batch])
         loss.backward()
         trained.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_grad)
         trained.metrics.append({**metrics, "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})
         optimizer.step()
     trained.weights = {name: parameter.detach().clone() for name, parameter in named.items()}

@@ -34,6 +34,7 @@ from torch import Tensor
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.layout import is_vocabulary, shard_blocks
 from ctpd_nemo.convert.load import chunk_parameters
+from ctpd_nemo.losses.dskd import PROJECTORS
 from ctpd_nemo.models import base
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.pipeline import quiet
@@ -57,15 +58,15 @@ class Observer:
 
     def wrap(self, run_microbatches: Callable[..., Any]) -> Callable[..., Any]:
         def observed(
-            chunks: Any, microbatches: Any, vocab_size: int, evaluate: Any, forward_only: bool, device: Any
+            chunks: Any, microbatches: Any, vocab_size: int, evaluate: Any, forward_only: bool, *others: Any
         ) -> Any:
             if forward_only:
-                return run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
+                return run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, *others)
             step = len(self.microbatches)
             if step in self.job.get("weights", []):
                 self.weights[step] = self.shares(chunks, lambda parameter: parameter.data)
             self.microbatches.append([microbatch.pair_index.tolist() for microbatch in microbatches])
-            result = run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, device)
+            result = run_microbatches(chunks, microbatches, vocab_size, evaluate, forward_only, *others)
             if step == self.job.get("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if step in self.job.get("gradients", []):
@@ -85,6 +86,9 @@ class Observer:
         for chunk in chunks:
             for name, parameter in chunk_parameters(chunk.module).items():
                 share, at = values(parameter), 0
+                if name.startswith(PROJECTORS):
+                    blocks.append((name, (0, len(share)), None, share.clone()))
+                    continue
                 padded = len(share) * size if is_vocabulary(name) else None
                 for block in shard_blocks(name, self.architecture, rank, size, padded):
                     rows = block.rows[1] - block.rows[0]
