@@ -151,8 +151,9 @@ class Method:
 
 
 def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
-    """Train on the pairs in file order; ``method`` has a ``policy``, a ``loss``, and perhaps something ``extra``."""
+    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and perhaps something ``extra``."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    batches = [rows[start : start + global_batch] for start in range(0, len(rows), global_batch)]
     model, trained = _model(method.policy), Trained()
     named, extra = dict(model.named_parameters()), getattr(method, "extra", {})
     groups = [
@@ -166,7 +167,7 @@ def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total_steps))
         optimizer.zero_grad()
-        loss, metrics = method.loss(model, rows[step * global_batch : (step + 1) * global_batch])
+        loss, metrics = method.loss(model, batches[step % len(batches)])
         loss.backward()
         trained.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
         norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_grad)

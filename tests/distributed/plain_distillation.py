@@ -85,10 +85,10 @@ class Distillation:
             else:
                 pull = {"uld": uld, "multilevel_ot": multilevel_ot}[self.kind](student, teacher, self.options)
                 total = total + label + self.options["weight"] * pull
-            entropy, distillation = entropy + float(label), distillation + float(pull)
+            entropy, distillation = entropy + label.item(), distillation + pull.item()
             count += len(student.labels)
         loss = total / count
-        metrics = {"loss": float(loss), "cross_entropy": entropy / count, "distillation": distillation / count}
+        metrics = {"loss": loss.item(), "cross_entropy": entropy / count, "distillation": distillation / count}
         return loss, metrics
 
 
