@@ -185,10 +185,10 @@ class StepDataset(Dataset[StepBatch | InputError]):
         microbatches = self._microbatches(groups, self._batching.side)
         references = self._microbatches(groups, "reference") if self._batching.online else []
         stats = self._stats(pairs, skipped, microbatches)
-        batch = StepBatch(step, epoch, microbatches, references, skipped, stats)
+        built = StepBatch(step, epoch, microbatches, references, skipped, stats)
         if self._top_k is not None:
-            batch.top_k = [build_top_k(group, self._top_k) for group in groups]
-        return batch
+            built.top_k = [build_top_k(group, self._top_k) for group in groups]
+        return built
 
     def _share(self, batch: list[int]) -> list[int]:
         """This rank's rows of a global batch; every rank finds the same split without encoding the others' pairs."""

@@ -93,8 +93,10 @@ class MegatronModel(ModelPT):
             microbatch: The rest: weights, reference, pairs, and which response each span is of.
         """
 
-    # What a loss is made of: log-probs of spans, unless a method needs more of the model's output.
-    read_output: ClassVar[OutputReader] = staticmethod(span_logprobs)
+    @property
+    def read_output(self) -> OutputReader:
+        """What a loss is made of: log-probs of spans, unless a method needs more of the model's output."""
+        return span_logprobs
 
     def prepare_step(self, batch: StepBatch) -> None:
         """Fill in what a method computes as it goes: the scores of an online reference."""

@@ -12,6 +12,7 @@ the memory of each training process the ``2 k + 4`` (``4 k + 4``) that are read 
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -28,7 +29,7 @@ from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.dpo import check_reference
-from ctpd_nemo.models.forward import ResponseStates, StepLoss, output_weight, response_lengths, response_states
+from ctpd_nemo.models.forward import OutputReader, ResponseStates, StepLoss, output_weight, response_lengths, response_states
 from ctpd_nemo.models.teacher import FrozenModel
 
 
@@ -79,9 +80,8 @@ class Terms:
 class DistillationModel(MegatronModel):
     """A student trained on chosen responses beside its teacher; means are over its response tokens, as in SFT."""
 
-    metric_names = ("loss", "cross_entropy", "distillation")
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "cross_entropy", "distillation")
     shown_metrics = ("loss", "cross_entropy")
-    read_output = staticmethod(response_states)
 
     def __init__(self, run: RunConfig, run_data: RunData, trainer: Trainer | None = None) -> None:
         """Args as those of ``MegatronModel``.
@@ -94,14 +94,30 @@ class DistillationModel(MegatronModel):
             found = f"{run.parallel.context} with method.name {run.method.name}"
             raise InputError("parallel.context", found, "1: distributions of whole responses are compared")
         self.vocab_sizes = [self.architecture.vocab_size]
-        if run.model.teacher.path is not None:
-            teacher = read_architecture(run.model.teacher.path)
-            check_vocabulary(run_data.encoder.reference, teacher.vocab_size, run.model.teacher.path)
+        # The cache speaks for weights that are elsewhere.
+        if run.method.reference == "online" or run.model.teacher.path is not None:
+            teacher = read_architecture(self.teacher_path)
+            check_vocabulary(run_data.encoder.reference, teacher.vocab_size, self.teacher_path)
             self.vocab_sizes.append(teacher.vocab_size)
-        elif run.method.reference == "online":
-            raise InputError("model.teacher.path", "nothing", "a Hugging Face folder, as method.reference is online")
         self._states: dict[Microbatch, ResponseStates] = {}
         self._top_k: dict[Microbatch, TopK] = {}
+
+    @property
+    def teacher_path(self) -> str:
+        """The teacher's folder.
+
+        Raises:
+            InputError: The run names none.
+        """
+        path = self.run.model.teacher.path
+        if path is None:
+            raise InputError("model.teacher.path", "nothing", "a Hugging Face folder, as method.reference is online")
+        return path
+
+    @property
+    def read_output(self) -> OutputReader:
+        """Hidden states at response positions, and the output layer."""
+        return response_states
 
     @abstractmethod
     def terms(self, student: ResponseStates, microbatch: Microbatch) -> Terms:
@@ -111,7 +127,7 @@ class DistillationModel(MegatronModel):
         """Build the student, and the teacher beside it where nothing is cached."""
         super().configure_model()
         if self.run.method.reference == "online" and not hasattr(self, "teacher"):
-            self.teacher = FrozenModel(self.run.model.teacher.path, self.run.parallel, self.run.precision)
+            self.teacher = FrozenModel(self.teacher_path, self.run.parallel, self.run.precision)
 
     def prepare_step(self, batch: StepBatch) -> None:
         """The teacher's pass over the step, or what the cache has of it."""

@@ -58,7 +58,7 @@ class DSKD(DistillationModel):
         """Give the chunk with the output layer the projectors, whole on every tensor-parallel rank."""
         last = chunks[-1]
         if last.post_process:
-            teacher = read_architecture(self.run.model.teacher.path)
+            teacher = read_architecture(self.teacher_path)
             sizes = self.architecture.hidden_size, teacher.hidden_size
             projectors = Projectors(*sizes, self.run.seed, self.run.precision.torch_dtype())
             last.add_module(PROJECTORS, projectors.to(local_device()))

@@ -31,6 +31,7 @@ from ctpd_nemo.models.memory import (
 )
 from ctpd_nemo.models.roles import ROLES, by_model, score_roles
 from ctpd_nemo.models.teacher import FrozenModel
+from ctpd_nemo.models.top_k import TopKScoring
 from ctpd_nemo.parallel.layout import local_device
 
 Float32Array = NDArray[np.float32]
@@ -52,6 +53,9 @@ class ScoreConfig:
         spans: "shared" by student and teacher, of which roles read the teacher's tokens but for the three of the
             student; or the policy's "own" tokens, each a span, for DPO and TIS-DPO. ``None``: shared where the policy
             is the student, own where it is the teacher.
+        top_k: Also keep the reference's ``top_k`` largest log-probs at each token of the chosen responses, for
+            distillation from the cache.
+        top_k_dtype: "float16" or "float32", of those.
         pairs_per_shard: Pairs of one file of the cache, and what a job that is cut off does again at most.
         together: Whether all models that read the same tokens are held at once and the data is gone through once, or
             one model after the other; ``None`` holds as many at once as fit.
@@ -70,6 +74,8 @@ class ScoreConfig:
     student_positive: str | None = None
     student_negative: str | None = None
     spans: str | None = None
+    top_k: int | None = None
+    top_k_dtype: str = "float16"
     pairs_per_shard: int = 512
     together: bool | None = None
     microbatch_tokens: int | None = None
@@ -80,11 +86,14 @@ class ScoreConfig:
             raise InputError("method.cache", "nothing", "a folder for the scores")
         if not self.folders():
             raise InputError("method", "no model", "a folder for one or more of " + ", ".join(by_model(ROLES)))
-        if self.margin and not self.reference:
-            raise InputError("method.margin", "true without method.reference", "the model whose margins are to be kept")
+        for name, value in (("margin", self.margin), ("top_k", self.top_k)):
+            if value and not self.reference:
+                raise InputError(f"method.{name}", f"{value} without method.reference", "the folder of that model")
         if self.spans not in (None, "shared", "own"):
             raise InputError("method.spans", repr(self.spans), "shared or own")
-        for name in ("pairs_per_shard", "microbatch_tokens"):
+        if self.top_k_dtype not in ("float16", "float32"):
+            raise InputError("method.top_k_dtype", repr(self.top_k_dtype), "float16 or float32")
+        for name in ("pairs_per_shard", "microbatch_tokens", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"method.{name}", str(value), "1 or more")
@@ -143,6 +152,7 @@ class Scorer(ModelPT):
         budget: Callable[[Mapping[str, FrozenModel]], int],
         sink: ScoreSink,
         trainer: Trainer,
+        top_k: TopKScoring | None = None,
     ) -> None:
         """Args:
         run: The configuration; parallel layout and precision are the scored models'.
@@ -152,6 +162,7 @@ class Scorer(ModelPT):
         budget: From the models to the tokens of a microbatch; all ranks call it together.
         sink: Where scores go; called on one rank of each replica.
         trainer: Lightning's trainer with a ``MegatronStrategy``.
+        top_k: What else is kept of the reference; ``None`` for nothing.
         """
         super().__init__(OmegaConf.create({"roles": dict(folders)}), trainer)
         self.run = run
@@ -159,6 +170,7 @@ class Scorer(ModelPT):
         self.shards = shards
         self.budget = budget
         self.sink = sink
+        self.top_k = top_k
         self.models: dict[str, FrozenModel] = {}
         self.chunks: list[Any] = []
         self.stats = StepStats()
@@ -182,9 +194,12 @@ class Scorer(ModelPT):
     def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Score one shard and hand it to the sink."""
         self.stats += batch.stats
-        microbatches = batch.microbatches
+        microbatches, roles, found = batch.microbatches, list(self.folders), {}
+        if self.top_k is not None and "reference" in self.models:
+            roles.remove("reference")
+            found["reference"] = self.top_k.score(self.models["reference"], batch, write=_speaks_for_replica())
         # All models of a pass read the same side, which these are of.
-        found = score_roles(self.models, self.folders, {"policy": microbatches, "reference": microbatches})
+        found |= score_roles(self.models, roles, {"policy": microbatches, "reference": microbatches})
         for role, scores in found.items():
             if scores and _speaks_for_replica():
                 pairs = [pair for spans, part in zip(microbatches, scores, strict=True) for pair in _pairs(spans, part)]

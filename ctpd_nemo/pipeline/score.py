@@ -6,10 +6,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
+from numpy.typing import NDArray
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.encode import SideName
@@ -24,11 +26,13 @@ from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
 from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
 from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
+from ctpd_nemo.models.top_k import TopKScoring
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
+from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKWriter
 from ctpd_nemo.pipeline.trainer import build_trainer
 
 logger = logging.getLogger(__name__)
@@ -56,27 +60,48 @@ def score(run: RunConfig) -> Path:
         check_sizes(architecture, run.parallel, run.precision)
         check_vocabulary(side, architecture.vocab_size, folder)
     initialize(run.parallel, run.seed)
-    writer = ScoreWriter(
-        cache,
-        score_fingerprints(data, run.precision.name),
-        weights_fingerprints(folders),
-        len(data.train),
-        method.pairs_per_shard,
-    )
+    prints, weights = score_fingerprints(data, run.precision.name), weights_fingerprints(folders)
+    writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
+    top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
     on_rank_0(writer.begin)
+    if top_k is not None:
+        on_rank_0(top_k.begin)
     use_encoded(data)
+
+    def missing(roles: Sequence[str]) -> list[int]:
+        more = top_k.missing() if top_k is not None and "reference" in roles else []
+        return sorted({*writer.missing(roles), *more})
+
     # Asked once: all ranks must hold the same models, and share out the same shards.
-    todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if writer.missing([role])})
+    todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if missing([role])})
     if not todo:
         logger.info("%s: no shard to score", cache)
     trainer = build_trainer(run, total_steps=1) if todo else None
     for roles in _passes(run, todo):
         assert trainer is not None
-        missing = on_rank_0(functools.partial(writer.missing, roles))
-        logger.info("%s: %d of %d shards to score, %s", cache, len(missing), writer.n_shards, " and ".join(roles))
-        _pass(data, {role: todo[role] for role in roles}, missing, writer, trainer)
+        shards = on_rank_0(functools.partial(missing, roles))
+        logger.info("%s: %d of %d shards to score, %s", cache, len(shards), writer.n_shards, " and ".join(roles))
+        _pass(data, {role: todo[role] for role in roles}, shards, writer, trainer, top_k)
     dist.barrier()
     return cache
+
+
+def _top_k_writer(
+    run: RunConfig, data: RunData, fingerprints: Mapping[str, str], weights: Mapping[str, str]
+) -> TopKWriter:
+    """Where the reference's largest log-probs go.
+
+    Raises:
+        InputError: The layout cuts sequences, there are fewer words, or what is there is of something else.
+    """
+    method = run.method
+    if run.parallel.context > 1:
+        raise InputError("parallel.context", f"{run.parallel.context} with method.top_k", "1")
+    words = read_architecture(method.reference).vocab_size
+    if method.top_k > words:
+        raise InputError("method.top_k", str(method.top_k), f"at most {words}, the reference's vocabulary")
+    layout = len(data.train), method.pairs_per_shard
+    return TopKWriter(method.cache, fingerprints, weights["reference"], *layout, method.top_k, method.top_k_dtype)
 
 
 def _passes(run: RunConfig, folders: Mapping[str, str]) -> list[list[str]]:
@@ -95,7 +120,12 @@ def _passes(run: RunConfig, folders: Mapping[str, str]) -> list[list[str]]:
 
 
 def _pass(
-    data: RunData, folders: Mapping[str, str], missing: Sequence[int], writer: ScoreWriter, trainer: Trainer
+    data: RunData,
+    folders: Mapping[str, str],
+    missing: Sequence[int],
+    writer: ScoreWriter,
+    trainer: Trainer,
+    top_k: TopKWriter | None,
 ) -> None:
     """Score the missing shards under the models that are held together."""
     pairs_per_shard = data.run.method.pairs_per_shard
@@ -109,10 +139,16 @@ def _pass(
         ids = [data.train[row].id for row in rows]
         writer.write(role, shard, [PairScores(id_, *pair) for id_, pair in zip(ids, scores, strict=True)])
 
+    def keep_top_k(shard: int, rows: Sequence[int], found: Sequence[tuple[NDArray[Any], ...]]) -> None:
+        assert top_k is not None
+        ids = [data.train[row].id for row in rows]
+        top_k.write(shard, [PairTopK(id_, *pair) for id_, pair in zip(ids, found, strict=True)])
+
     def budget(models: Mapping[str, FrozenModel]) -> int:
         return forward_budget(models, data, side, pairs_per_shard)
 
-    scorer = Scorer(data.run, folders, shards, budget, sink, trainer)
+    keeping = TopKScoring(data.run.method.top_k, keep_top_k) if top_k is not None else None
+    scorer = Scorer(data.run, folders, shards, budget, sink, trainer, keeping)
     trainer.predict(scorer, return_predictions=False)
     # Every replica is done when the counts are summed.
     stats = sum_over_data_parallel(scorer.stats, local_device())

@@ -106,7 +106,7 @@ class ScoreWriter:
     def begin(self) -> None:
         """Write the manifest; one process does it, before any shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+        write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self, roles: Iterable[str]) -> list[int]:
         """Shards that are not there for every one of the roles."""
@@ -133,7 +133,7 @@ class ScoreWriter:
             },
             schema=_SCHEMA,
         )
-        _write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(table, path))
+        write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(table, path))
 
 
 class ScoreReader:
@@ -322,7 +322,7 @@ def _shard_path(folder: Path, role: str, shard: int) -> Path:
     return folder / f"{role}-{shard:05d}.parquet"
 
 
-def _write_renamed(path: Path, write: Any) -> None:
+def write_renamed(path: Path, write: Any) -> None:
     # Not the number of the process: in containers and on other nodes another job may have the same.
     writing = path.with_name(path.name + f".writing-{uuid.uuid4().hex[:12]}")
     try:

@@ -12,6 +12,7 @@ from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
@@ -25,6 +26,7 @@ from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerpr
 from ctpd_nemo.pipeline.origin import write_origin
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
+from ctpd_nemo.pipeline.top_k_cache import TopKReader
 from ctpd_nemo.pipeline.trainer import build_trainer
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,9 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         check_sizes(read_architecture(path), run.parallel, run.precision)
     initialize(run.parallel, run.seed)
     use_encoded(data)
-    if reference == "cache":
+    if reference == "cache" and isinstance(run.method, DistillationConfig):
+        data.top_k = _open_top_k(run, data)
+    elif reference == "cache":
         data.scores = _open_scores(run, data)
     elif weighted is not None and weighted.weighting(run.seed).draws:
         data.scores = SpanDraws(run.seed)
@@ -79,7 +83,11 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
 
 def _starting_weights(run: RunConfig, data: RunData) -> dict[str, str]:
     """The folders whose weights the numbers of a run depend on, but for those that a score cache speaks for."""
-    online = run.method.online_folders(run) if isinstance(run.method, WeightedConfig) else {}
+    method, online = run.method, {}
+    if isinstance(method, WeightedConfig):
+        online = method.online_folders(run)
+    elif isinstance(method, DistillationConfig) and method.reference == "online" and run.model.teacher.path:
+        online = {"reference": run.model.teacher.path}
     return {"policy": data.policy_path, **online}
 
 
@@ -98,6 +106,16 @@ def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
         weighted,
         run.seed,
         [second] if second else [],
+    )
+
+
+def _open_top_k(run: RunConfig, data: RunData) -> TopKReader:
+    """The teacher's largest log-probs, checked against this run, and the teacher's weights where it names them."""
+    teacher = run.model.teacher.path
+    return TopKReader(
+        run.method.scores,
+        score_fingerprints(data, run.method.scoring_precision or run.precision.name),
+        weights_fingerprints({"reference": teacher})["reference"] if teacher else None,
     )
 
 

@@ -47,6 +47,14 @@ def plain_method(home: Path, name: str) -> Distillation:
     return Distillation(student, teacher, name.removesuffix("_top_k"), options, extra)
 
 
+def score_job(home: Path, layout: str, folder: str, dtype: str = "float32", k: int = K) -> dict[str, Any]:
+    """The job that fills the cache."""
+    values = {"reference": str(home / "teacher"), "pairs_per_shard": 2, "top_k": k, "top_k_dtype": dtype}
+    models = {side: {"path": str(home / side)} for side in ("student", "teacher")}
+    parts = {"method": {"name": "score", "cache": str(home / folder), **values}, "model": models}
+    return job(home, f"{folder}-job", {**parts, "parallel": LAYOUTS[layout]})
+
+
 def layout_jobs(home: Path, names: tuple[str, ...], layout: str, **parts: Any) -> list[dict[str, Any]]:
     """Training jobs of a layout, in folders ``distillation/<layout>/<name>``."""
     models = {side: {"path": str(home / side)} for side in ("student", "teacher")}

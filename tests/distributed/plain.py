@@ -151,7 +151,7 @@ class Method:
 
 
 def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
-    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and perhaps something ``extra``."""
+    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe ``extra``."""
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     batches = [rows[start : start + global_batch] for start in range(0, len(rows), global_batch)]
     model, trained = _model(method.policy), Trained()

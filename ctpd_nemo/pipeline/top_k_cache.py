@@ -1,0 +1,234 @@
+"""The teacher's largest log-probs at each token of the chosen responses, computed once, for distillation.
+
+They lie beside the span scores of the same job, in Parquet shards over the same ranges of pairs::
+
+    top_k.json
+    top_k-00000.parquet     pair_id: string
+                            logprobs: list<half or float>   k a token in descending order, in nats, token after token
+                            ids: list<int32>                the words that they are of, in the teacher's vocabulary
+                            tail: list<float>               one a token: what all other probabilities add up to
+
+``6 k + 4`` bytes a token in half precision, ``8 k + 4`` in float32, before Parquet's compression. Training reads
+``logprobs`` and ``tail``; a shard that is there is whole.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
+
+Float32Array = NDArray[np.float32]
+
+_MANIFEST = "top_k.json"
+_FORMAT = 1
+_TYPES = {"float16": pa.float16(), "float32": pa.float32()}
+
+
+@dataclass(frozen=True)
+class PairTopK:
+    """One pair's chosen response of n tokens.
+
+    Attributes:
+        pair_id: Of the pair.
+        logprobs: f32 ``[n, k]``, descending.
+        ids: int32 ``[n, k]``.
+        tail: f32 ``[n]``.
+    """
+
+    pair_id: str
+    logprobs: Float32Array
+    ids: NDArray[np.int32]
+    tail: Float32Array
+
+
+class TopKWriter:
+    """Writes what ``top_k.json`` says; one job does it."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        fingerprints: Mapping[str, str],
+        teacher_weights: str,
+        n_pairs: int,
+        pairs_per_shard: int,
+        k: int,
+        dtype: str,
+    ) -> None:
+        """Check what is there, or make a new manifest in memory; ``begin`` writes it.
+
+        Args:
+            folder: The score cache that it is part of.
+            fingerprints: Of everything but the weights, by the names in ``FINGERPRINTS``.
+            teacher_weights: Fingerprint of the weights of the role "reference".
+            n_pairs: Pairs of the data.
+            pairs_per_shard: Pairs a shard.
+            k: Log-probs a token.
+            dtype: "float16" or "float32".
+
+        Raises:
+            InputError: What is there was computed from something else.
+        """
+        self.folder = Path(folder)
+        self.n_shards = -(-n_pairs // pairs_per_shard)
+        self._type = _TYPES[dtype]
+        self._manifest: dict[str, Any] = {
+            "format": _FORMAT,
+            "k": k,
+            "dtype": dtype,
+            "pairs": n_pairs,
+            "pairs_per_shard": pairs_per_shard,
+            "shards": self.n_shards,
+            "fingerprints": {name: fingerprints[name] for name in FINGERPRINTS},
+            "teacher_weights": teacher_weights,
+        }
+        if (self.folder / _MANIFEST).exists():
+            there = _read_manifest(self.folder)
+            for name, value in self._manifest.items():
+                _compare(self.folder, name, there.get(name), value)
+
+    def begin(self) -> None:
+        """Write the manifest; one process does it, before any shard."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+
+    def missing(self) -> list[int]:
+        """Shards that are not there."""
+        return [shard for shard in range(self.n_shards) if not _shard_path(self.folder, shard).exists()]
+
+    def write(self, shard: int, pairs: Sequence[PairTopK]) -> None:
+        """Write one shard.
+
+        Raises:
+            InputError: A log-prob is not finite.
+        """
+        for pair in pairs:
+            if not np.isfinite(pair.logprobs).all():
+                raise InputError(f"{self.folder}, top_k, pair {pair.pair_id!r}", "a log-prob that is not finite", "one")
+        table = pa.table(
+            {
+                "pair_id": [pair.pair_id for pair in pairs],
+                "logprobs": _lists([pair.logprobs for pair in pairs], self._type),
+                "ids": _lists([pair.ids for pair in pairs], pa.int32()),
+                "tail": _lists([pair.tail for pair in pairs], pa.float32()),
+            }
+        )
+        write_renamed(_shard_path(self.folder, shard), lambda path: pq.write_table(table, path))
+
+
+class TopKReader:
+    """The log-probs by pair id; goes to dataloader workers.
+
+    Attributes:
+        k: How many a token.
+        fingerprint: A name for what they were computed from, weights included.
+    """
+
+    def __init__(self, folder: str | Path, fingerprints: Mapping[str, str], teacher_weights: str | None) -> None:
+        """Open what a scoring job wrote with ``top_k``, and check that it belongs to a run.
+
+        Args:
+            folder: The score cache.
+            fingerprints: What the run would compute it from, by the names in ``FINGERPRINTS``.
+            teacher_weights: Fingerprint of the teacher's weights, where the run names their folder.
+
+        Raises:
+            InputError: There is none, it is of something else, or a shard is missing or cannot be read.
+        """
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        for name in FINGERPRINTS:
+            _compare(self.folder, name, manifest["fingerprints"].get(name), fingerprints[name])
+        if teacher_weights is not None:
+            _compare(self.folder, "teacher_weights", manifest["teacher_weights"], teacher_weights)
+        self.k: int = manifest["k"]
+        identity = {name: manifest[name] for name in ("fingerprints", "teacher_weights", "k", "dtype")}
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._table = pa.concat_tables([self._read(shard, manifest) for shard in range(manifest["shards"])])
+        self._table = self._table.combine_chunks()
+        self._rows = {pair_id: row for row, pair_id in enumerate(self._table["pair_id"].to_pylist())}
+
+    def _read(self, shard: int, manifest: Mapping[str, Any]) -> pa.Table:
+        path = _shard_path(self.folder, shard)
+        if not path.exists():
+            raise InputError(str(self.folder), f"no {path.name}", f"{manifest['shards']} shards; finish scoring first")
+        schema = pa.schema(
+            [
+                ("pair_id", pa.string()),
+                # Offsets of 64 bits: all tokens of a run are joined.
+                ("logprobs", pa.large_list(_TYPES[manifest["dtype"]])),
+                ("tail", pa.large_list(pa.float32())),
+            ]
+        )
+        try:
+            table = pq.read_table(path, columns=schema.names).cast(schema)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
+            raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
+        for name in schema.names:
+            if table[name].null_count:
+                raise InputError(str(path), f"{table[name].null_count} rows without {name}", "values in every row")
+        return table
+
+    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array]:
+        """Log-probs of the chosen response f32 ``[n, k]``, and what the other probabilities add up to ``[n]``.
+
+        Raises:
+            InputError: There are none of the pair, or not ``k`` of each token.
+        """
+        row = self._rows.get(pair_id)
+        if row is None:
+            raise InputError(f"{self.folder}, top_k", f"no pair {pair_id!r}", "log-probs of every pair of the data")
+        logprobs, tail = (
+            self._table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32)
+            for name in ("logprobs", "tail")
+        )
+        if len(logprobs) != self.k * len(tail):
+            found = f"{len(logprobs)} log-probs of {len(tail)} tokens"
+            raise InputError(f"{self.folder}, top_k, pair {pair_id!r}", found, f"{self.k} of each")
+        return logprobs.reshape(-1, self.k), tail
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _MANIFEST
+    if not path.is_file():
+        raise InputError(str(folder), f"no {_MANIFEST}", "a score cache, written with method.top_k")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = manifest.get("format")
+    except (ValueError, AttributeError) as error:
+        raise InputError(str(path), f"no JSON object ({error})", "the manifest of cached log-probs") from error
+    if found != _FORMAT:
+        raise InputError(str(path), f"format {found!r}", f"format {_FORMAT}")
+    kinds = {"k": int, "dtype": str, "shards": int, "fingerprints": dict, "teacher_weights": str}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise InputError(f"{path}, {name}", repr(manifest.get(name)), f"a value of type {kind.__name__}")
+    if manifest["dtype"] not in _TYPES:
+        raise InputError(f"{path}, dtype", repr(manifest["dtype"]), " or ".join(_TYPES))
+    return manifest
+
+
+def _compare(folder: Path, name: str, there: object, here: object) -> None:
+    if there != here:
+        raise InputError(f"{folder}/{_MANIFEST}, {name}", f"{there}", f"{here}, as this run has it")
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"top_k-{shard:05d}.parquet"
+
+
+def _lists(rows: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
+    """One list a row, of all its values in order."""
+    flat = np.concatenate([row.ravel() for row in rows]) if rows else np.empty(0, dtype=np.float32)
+    offsets = np.concatenate([[0], np.cumsum([row.size for row in rows])]).astype(np.int64)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat.astype(kind.to_pandas_dtype()), type=kind))
