@@ -29,7 +29,14 @@ from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.dpo import check_reference
-from ctpd_nemo.models.forward import OutputReader, ResponseStates, StepLoss, output_weight, response_lengths, response_states
+from ctpd_nemo.models.forward import (
+    OutputReader,
+    ResponseStates,
+    StepLoss,
+    output_weight,
+    response_lengths,
+    response_states,
+)
 from ctpd_nemo.models.teacher import FrozenModel
 
 
