@@ -1,5 +1,6 @@
 """Jobs of the distillation baselines: what is run in which layout, see ``worker``."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,33 @@ from tests.distributed.world import GLOBAL_BATCH, MAX_LENGTH
 K = 20
 # So large that after three steps, of 5, 1 and 5 pairs, some projections are right: until then a term is zero.
 PROJECTOR_LR = 3e-2
-STEPS = 4
+STEPS, CUT = 4, 2
 GRADIENTS = (0, STEPS - 1)
-LAYOUTS: dict[str, dict[str, Any]] = {
+ONLINE = ("uld", "uld_top_k", "multilevel_ot", "dskd")
+CACHED = ("uld_top_k-cache", "multilevel_ot-cache")
+PARALLEL: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
+    "dp2-overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "sp2": {"tensor": 2, "sequence": True, "recompute": "full"},
+    "vp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2pp2": {"tensor": 2, "pipeline": 2},
 }
-ONLINE = ("uld", "uld_top_k", "multilevel_ot", "dskd")
+# By processes, and whether it is slow: what is trained in which layout.
+TRAINED: dict[tuple[int, bool], dict[str, tuple[str, ...]]] = {
+    (1, False): {"one": (*ONLINE, *CACHED)},
+    (2, False): {
+        "tp2": (*ONLINE, "uld_top_k-cache"),
+        "pp2": ("uld", "multilevel_ot", "dskd", "multilevel_ot-cache"),
+        "dp2-overlap": ("dskd",),
+    },
+    (2, True): {"sp2": ONLINE, "vp2": ONLINE, "dp2-overlap": ("uld", "multilevel_ot-cache")},
+    (4, True): {"tp2pp2": (*ONLINE, *CACHED)},
+}
+# DSKD cut off and gone on with: from which layout, in which.
+CUT_LAYOUTS = {1: ("one",), 2: ("pp2",)}
+CONTINUED = {1: (("one", "one"), ("pp2", "one")), 2: (("pp2", "pp2"), ("one", "tp2"))}
 
 
 def method(name: str, cache: Path) -> dict[str, Any]:
@@ -35,48 +55,66 @@ def method(name: str, cache: Path) -> dict[str, Any]:
 
 def plain_method(home: Path, name: str) -> Distillation:
     """The same for ``plain.train``."""
-    student, teacher = home / "student", home / "teacher"
-    ot = {"weight": 1.5, "top_k": K, "logarithmic_weight": 0.1, "sequence_weight": 0.1}
+    transport = {"logarithmic_weight": 0.1, "sequence_weight": 0.1, "epsilon": 0.1, "iterations": 10}
     options: dict[str, Any] = {
         "uld": {"weight": 1.5},
         "uld_top_k": {"weight": 1.5, "top_k": K},
-        "multilevel_ot": {**ot, "epsilon": 0.1, "iterations": 10},
+        "multilevel_ot": {"weight": 1.5, "top_k": K, **transport},
         "dskd": {"rate": 0.5, "temperature": 2.0, "projector_lr": PROJECTOR_LR},
     }[name]
     extra = draw_projectors(32, 40, seed=0) if name == "dskd" else {}
-    return Distillation(student, teacher, name.removesuffix("_top_k"), options, extra)
-
-
-def score_job(home: Path, layout: str, folder: str, dtype: str = "float32", k: int = K) -> dict[str, Any]:
-    """The job that fills the cache."""
-    values = {"reference": str(home / "teacher"), "pairs_per_shard": 2, "top_k": k, "top_k_dtype": dtype}
-    models = {side: {"path": str(home / side)} for side in ("student", "teacher")}
-    parts = {"method": {"name": "score", "cache": str(home / folder), **values}, "model": models}
-    return job(home, f"{folder}-job", {**parts, "parallel": LAYOUTS[layout]})
-
-
-def layout_jobs(home: Path, names: tuple[str, ...], layout: str, **parts: Any) -> list[dict[str, Any]]:
-    """Training jobs of a layout, in folders ``distillation/<layout>/<name>``."""
-    models = {side: {"path": str(home / side)} for side in ("student", "teacher")}
-    return [
-        job(
-            home,
-            f"distillation/{layout}/{name}",
-            {
-                "method": method(name, home / "distillation" / "cache"),
-                "model": models,
-                "parallel": LAYOUTS[layout],
-                "data": {"microbatch_tokens": 3 * MAX_LENGTH},
-                "trainer": {"epochs": 2},
-                **parts,
-            },
-            gradients=GRADIENTS,
-            export=True,
-        )
-        for name in names
-    ]
+    return Distillation(home / "student", home / "teacher", name.removesuffix("_top_k"), options, extra)
 
 
 def train_plain(home: Path, name: str) -> plain.Trained:
-    """What the jobs are compared with."""
-    return plain.train(plain_method(home, name), home / "pairs.jsonl", GLOBAL_BATCH, OPTIM, STEPS)
+    """What the jobs are compared with; the cache holds what a teacher beside the student says."""
+    method = plain_method(home, name.removesuffix("-cache"))
+    return plain.train(method, home / "pairs.jsonl", GLOBAL_BATCH, OPTIM, STEPS)
+
+
+def score_job(home: Path, layout: str) -> dict[str, Any]:
+    """The job that fills the cache of a layout; that of one process is the one that is read."""
+    folder = f"distillation/{layout}/cache"
+    values = {"reference": str(home / "teacher"), "pairs_per_shard": 2, "top_k": K, "top_k_dtype": "float32"}
+    return _job(home, f"{folder}-job", layout, {"name": "score", "cache": str(home / folder), **values})
+
+
+def trained_jobs(home: Path, processes: int, slow: bool) -> list[dict[str, Any]]:
+    """Training jobs, in folders ``distillation/<layout>/<name>``, the cache of each layout, and what is cut off."""
+    jobs = []
+    for layout, names in TRAINED[processes, slow].items():
+        if not slow:
+            jobs.append(score_job(home, layout))
+        for name in names:
+            config = method(name, home / "distillation" / "one" / "cache")
+            jobs.append(_job(home, f"distillation/{layout}/{name}", layout, config, gradients=GRADIENTS, export=True))
+    if not slow:
+        jobs += [_cut_job(home, layout, f"{layout}-cut", stop=CUT) for layout in CUT_LAYOUTS[processes]]
+    return jobs
+
+
+def continued_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
+    """The runs that were cut off, each in a copy of its folder."""
+    jobs = []
+    for source, layout in CONTINUED[processes]:
+        target = home / "distillation" / f"{source}-at-{layout}"
+        shutil.copytree(home / "distillation" / f"{source}-cut", target, ignore=shutil.ignore_patterns("observed-*"))
+        jobs.append(_cut_job(home, layout, target.name, weights=[0], gradients=[STEPS - 1 - CUT], export=True))
+    return jobs
+
+
+def _cut_job(home: Path, layout: str, folder: str, **observed: Any) -> dict[str, Any]:
+    return _job(home, f"distillation/{folder}", layout, method("dskd", home), checkpoint_every=CUT, **observed)
+
+
+def _job(
+    home: Path, folder: str, layout: str, config: dict[str, Any], checkpoint_every: int = 0, **observed: Any
+) -> dict[str, Any]:
+    parts = {
+        "method": config,
+        "model": {side: {"path": str(home / side)} for side in ("student", "teacher")},
+        "parallel": PARALLEL[layout],
+        "data": {"microbatch_tokens": 3 * MAX_LENGTH},
+        "trainer": {"epochs": 2, "checkpoint_every": checkpoint_every},
+    }
+    return job(home, folder, parts, **observed)

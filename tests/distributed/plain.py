@@ -46,6 +46,11 @@ class Tokens:
     ends: list[int]
 
 
+def read_rows(pairs: Path) -> list[dict[str, Any]]:
+    """The pairs of a file."""
+    return [json.loads(line) for line in pairs.read_text().splitlines()]
+
+
 @cache
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
@@ -152,7 +157,7 @@ class Method:
 
 def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
     """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe ``extra``."""
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows = read_rows(pairs)
     batches = [rows[start : start + global_batch] for start in range(0, len(rows), global_batch)]
     model, trained = _model(method.policy), Trained()
     named, extra = dict(model.named_parameters()), getattr(method, "extra", {})

@@ -1,0 +1,187 @@
+"""The distillation baselines: loss, gradients and updates of plain PyTorch in any layout, beside the teacher and from
+its cache; DSKD's projectors are trained, saved, gone on with, and not exported."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from ctpd_nemo.parallel.checkpoint import find_checkpoints
+from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
+from tests.distributed import plain
+from tests.distributed.conftest import Launches
+from tests.distributed.distillation_jobs import (
+    CONTINUED,
+    CUT,
+    GRADIENTS,
+    STEPS,
+    TRAINED,
+    continued_jobs,
+    train_plain,
+    trained_jobs,
+)
+from tests.distributed.results import Observed, distance, exported, metric_distance, read
+
+TOLERANCE = 1e-5
+PROJECTORS = tuple(f"projectors.{name}.{kind}" for name in ("query", "s2t", "t2s") for kind in ("weight", "bias"))
+JOBS = [
+    pytest.param(processes, slow, f"{layout}/{name}", marks=[pytest.mark.slow] if slow else [], id=f"{layout}-{name}")
+    for (processes, slow), layouts in TRAINED.items()
+    for layout, names in layouts.items()
+    for name in names
+]
+AGAIN = [(source, layout) for cases in CONTINUED.values() for source, layout in cases]
+
+Folder = Callable[[int, bool], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(launches: Launches) -> Folder:
+    """``folder(processes, slow)``: where the jobs of so many processes are, once they have run."""
+
+    def run(processes: int, slow: bool = False) -> Path:
+        if (processes, slow) != (1, False):
+            run(1)
+        name = f"distillation-{processes}" + "-slow" * slow
+        launches.run(name, processes, lambda: trained_jobs(launches.home, processes, slow))
+        return launches.home / "distillation"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def expected(launches: Launches) -> Callable[[str], plain.Trained]:
+    """``expected(name)`` trains by plain PyTorch, once."""
+    return cache(lambda name: train_plain(launches.home, name))
+
+
+@pytest.fixture(scope="module")
+def continued(folder: Folder, launches: Launches) -> Path:
+    """Where the runs are that were cut off and went on."""
+    folder(2, False)
+    for processes in CONTINUED:
+        name = f"distillation-continued-{processes}"
+        launches.run(name, processes, lambda processes=processes: continued_jobs(launches.home, processes))
+    return launches.home / "distillation"
+
+
+@pytest.mark.parametrize(("processes", "slow", "job"), JOBS)
+def test_every_step_has_the_metrics_of_plain_pytorch(
+    processes: int, slow: bool, job: str, folder: Folder, expected: Callable[[str], plain.Trained]
+) -> None:
+    found = read(folder(processes, slow) / job)
+    assert metric_distance(found.metrics, expected(job.split("/")[1]).metrics) < TOLERANCE
+
+
+@pytest.mark.parametrize(("processes", "slow", "job"), JOBS)
+def test_gradients_are_those_of_plain_pytorch(
+    processes: int, slow: bool, job: str, folder: Folder, expected: Callable[[str], plain.Trained]
+) -> None:
+    """Those of the projectors among them, which tensor-parallel ranks hold bit for bit alike."""
+    found = read(folder(processes, slow) / job)
+    for step in GRADIENTS:
+        assert distance(found.gradients[step], expected(job.split("/")[1]).gradients[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize(("processes", "slow", "job"), JOBS)
+def test_weights_after_all_steps_are_those_of_plain_adamw(
+    processes: int, slow: bool, job: str, folder: Folder, expected: Callable[[str], plain.Trained]
+) -> None:
+    path = folder(processes, slow) / job
+    weights = dict(expected(job.split("/")[1]).weights)
+    if job.endswith("dskd"):
+        own = {name: weights.pop(name) for name in PROJECTORS}
+        assert distance(_projectors(path), own) < TOLERANCE
+    assert distance(exported(path / "export"), weights) < TOLERANCE
+
+
+def test_some_projections_are_right(folder: Folder) -> None:
+    """What the comparison is worth: while all are wrong, the divergence in the student's space counts for nothing."""
+    accuracies = [row["projection_accuracy"] for row in read(folder(1, False) / "one/dskd").metrics]
+    assert accuracies[-1] > 0
+    assert accuracies[-1] < 1
+
+
+def test_teacher_and_student_cut_responses_differently(launches: Launches, folder: Folder) -> None:
+    """What the comparison is worth: with equal lengths nothing would be left over."""
+    tokens = {}
+    for row in pq.read_table(folder(1, False) / "one/cache/top_k-00000.parquet").to_pylist():
+        tokens[row["pair_id"]] = len(row["tail"])
+    rows = [row for row in plain.read_rows(launches.home / "pairs.jsonl") if row["id"] in tokens]
+    assert [len(plain.tokens(launches.home / "student", row, "chosen").response) for row in rows] != list(
+        tokens.values()
+    )
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2-overlap"])
+def test_cache_holds_the_largest_log_probs_of_transformers(layout: str, folder: Folder, launches: Launches) -> None:
+    cached = folder(1 if layout == "one" else 2, False) / layout / "cache"
+    teacher = launches.home / "teacher"
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    stored = {
+        row["pair_id"]: row
+        for file in sorted(cached.glob("top_k-*.parquet"))
+        for row in pq.read_table(file).to_pylist()
+    }
+    rows = plain.read_rows(launches.home / "pairs.jsonl")
+    assert stored.keys() == {row["id"] for row in rows}
+    for row in rows:
+        sequence = plain.tokens(teacher, row, "chosen")
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0]
+        top = logits[len(sequence.prompt) - 1 : -1].log_softmax(-1).topk(20)
+        found = stored[row["id"]]
+        np.testing.assert_allclose(found["logprobs"], top.values.ravel(), atol=1e-5)
+        np.testing.assert_array_equal(found["ids"], top.indices.ravel())
+        np.testing.assert_allclose(found["tail"], 1 - top.values.exp().sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "layout"), AGAIN)
+def test_projectors_are_read_back_bit_for_bit(source: str, layout: str, continued: Path) -> None:
+    saved = _projectors(continued / f"{source}-cut")
+    loaded = read(continued / f"{source}-at-{layout}").weights[0]
+    assert all(torch.equal(saved[name], loaded[name]) for name in PROJECTORS)
+
+
+@pytest.mark.parametrize(("source", "layout"), AGAIN)
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(source: str, layout: str, continued: Path) -> None:
+    """Bit for bit in the same layout, projectors and their optimizer state included; within rounding in another."""
+    whole, again = (read(continued / name) for name in (f"{source}/dskd", f"{source}-at-{layout}"))
+    assert [len(run.metrics) for run in (whole, again)] == [STEPS, STEPS]
+    ends = [
+        _ends(continued / name, run, step)
+        for name, run, step in (
+            (f"{source}/dskd", whole, STEPS - 1),
+            (f"{source}-at-{layout}", again, STEPS - 1 - CUT),
+        )
+    ]
+    for here, there in zip(*ends, strict=True):
+        if source == layout:
+            assert here.keys() == there.keys()
+            assert all(torch.equal(here[name], there[name]) for name in here)
+        else:
+            assert distance(here, there) < TOLERANCE
+
+
+def test_export_of_dskd_is_the_student_alone(folder: Folder, launches: Launches) -> None:
+    export = folder(1, False) / "one/dskd/export"
+    assert exported(export).keys() == exported(launches.home / "student").keys()
+    _, report = AutoModelForCausalLM.from_pretrained(export, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def _ends(folder: Path, observed: Observed, step: int) -> tuple[dict[str, Tensor], ...]:
+    """The last step's gradients, and the weights behind it."""
+    return observed.gradients[step], exported(folder / "export"), _projectors(folder)
+
+
+def _projectors(folder: Path) -> dict[str, Tensor]:
+    """The projectors in the newest checkpoint of a run."""
+    stored = CheckpointTensors(find_checkpoints(folder / "checkpoints")[-1])
+    return {name: stored(name, ()) for name in PROJECTORS}
