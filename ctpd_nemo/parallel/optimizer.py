@@ -127,7 +127,9 @@ def build_optimizer(
     overrides = get_standard_config_overrides(megatron_config)
     for pattern, rate in (own_rates or {}).items():
         last = rate * optim.min_lr / optim.lr if optim.lr else rate
-        overrides[ParamKey(name=pattern)] = ParamGroupOverride(max_lr=rate, min_lr=last)
+        own = {"max_lr": rate, "min_lr": last, "is_decoupled_lr": True}
+        # Groups of a checkpoint are found again by their multipliers and by this mark; rates tell none apart.
+        overrides[ParamKey(name=pattern)] = ParamGroupOverride(**own)  # type: ignore[typeddict-item]
     with cuda_type_names():
         optimizer = get_megatron_optimizer(
             megatron_config, chunks, overrides, use_gloo_process_groups=torch.cuda.is_available()
