@@ -1,6 +1,5 @@
 """Jobs of the distillation baselines: what is run in which layout, see ``worker``."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ TRAINED: dict[tuple[int, bool], dict[str, tuple[str, ...]]] = {
     (2, True): {"sp2": ONLINE, "vp2": ONLINE, "dp2-overlap": ("uld", "multilevel_ot-cache")},
     (4, True): {"tp2pp2": (*ONLINE, *CACHED)},
 }
+# Whose cache is compared; that of one process is the one that is read.
+SCORED = {1: ("one",), 2: ("tp2", "dp2-overlap")}
 # DSKD cut off and gone on with: from which layout, in which.
-CUT_LAYOUTS = {1: ("one",), 2: ("pp2",)}
-CONTINUED = {1: (("one", "one"), ("pp2", "one")), 2: (("pp2", "pp2"), ("one", "tp2"))}
+CONTINUED = {1: (("one", "one"),), 2: (("pp2", "pp2"), ("pp2", "tp2"))}
 
 
 def method(name: str, cache: Path) -> dict[str, Any]:
@@ -73,38 +73,33 @@ def train_plain(home: Path, name: str) -> plain.Trained:
 
 
 def score_job(home: Path, layout: str) -> dict[str, Any]:
-    """The job that fills the cache of a layout; that of one process is the one that is read."""
+    """The job that fills the cache of a layout."""
     folder = f"distillation/{layout}/cache"
     values = {"reference": str(home / "teacher"), "pairs_per_shard": 2, "top_k": K, "top_k_dtype": "float32"}
     return _job(home, f"{folder}-job", layout, {"name": "score", "cache": str(home / folder), **values})
 
 
-def trained_jobs(home: Path, processes: int, slow: bool) -> list[dict[str, Any]]:
-    """Training jobs, in folders ``distillation/<layout>/<name>``, the cache of each layout, and what is cut off."""
-    jobs = []
+def all_jobs(home: Path, processes: int, slow: bool) -> list[dict[str, Any]]:
+    """Caches, training jobs in folders ``distillation/<layout>/<name>``, and runs that are cut off and go on."""
+    jobs = [] if slow else [score_job(home, layout) for layout in SCORED[processes]]
     for layout, names in TRAINED[processes, slow].items():
-        if not slow:
-            jobs.append(score_job(home, layout))
         for name in names:
             config = method(name, home / "distillation" / "one" / "cache")
             jobs.append(_job(home, f"distillation/{layout}/{name}", layout, config, gradients=GRADIENTS, export=True))
-    if not slow:
-        jobs += [_cut_job(home, layout, f"{layout}-cut", stop=CUT) for layout in CUT_LAYOUTS[processes]]
-    return jobs
+    return jobs if slow else [*jobs, *_continued_jobs(home, processes)]
 
 
-def continued_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
-    """The runs that were cut off, each in a copy of its folder."""
+def _continued_jobs(home: Path, processes: int) -> list[dict[str, Any]]:
+    """Each of two jobs in one folder: the second begins with what the first has left there."""
     jobs = []
-    for source, layout in CONTINUED[processes]:
-        target = home / "distillation" / f"{source}-at-{layout}"
-        shutil.copytree(home / "distillation" / f"{source}-cut", target, ignore=shutil.ignore_patterns("observed-*"))
-        jobs.append(_cut_job(home, layout, target.name, weights=[0], gradients=[STEPS - 1 - CUT], export=True))
+    for source, target in CONTINUED[processes]:
+        for layout, observed in (
+            (source, {"stop": CUT}),
+            (target, {"weights": [0], "gradients": [STEPS - 1 - CUT], "export": True}),
+        ):
+            folder, config = f"distillation/{source}-at-{target}", method("dskd", home)
+            jobs.append(_job(home, folder, layout, config, checkpoint_every=CUT, **observed))
     return jobs
-
-
-def _cut_job(home: Path, layout: str, folder: str, **observed: Any) -> dict[str, Any]:
-    return _job(home, f"distillation/{folder}", layout, method("dskd", home), checkpoint_every=CUT, **observed)
 
 
 def _job(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ctpd_nemo.parallel.checkpoint import find_checkpoints
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from tests.distributed import plain
 from tests.distributed.conftest import Launches
@@ -22,11 +21,10 @@ from tests.distributed.distillation_jobs import (
     GRADIENTS,
     STEPS,
     TRAINED,
-    continued_jobs,
+    all_jobs,
     train_plain,
-    trained_jobs,
 )
-from tests.distributed.results import Observed, distance, exported, metric_distance, read
+from tests.distributed.results import distance, exported, metric_distance, read
 
 TOLERANCE = 1e-5
 PROJECTORS = tuple(f"projectors.{name}.{kind}" for name in ("query", "s2t", "t2s") for kind in ("weight", "bias"))
@@ -36,7 +34,7 @@ JOBS = [
     for layout, names in layouts.items()
     for name in names
 ]
-AGAIN = [(source, layout) for cases in CONTINUED.values() for source, layout in cases]
+AGAIN = [(processes, *layouts) for processes, cases in CONTINUED.items() for layouts in cases]
 
 Folder = Callable[[int, bool], Path]
 
@@ -49,7 +47,7 @@ def folder(launches: Launches) -> Folder:
         if (processes, slow) != (1, False):
             run(1)
         name = f"distillation-{processes}" + "-slow" * slow
-        launches.run(name, processes, lambda: trained_jobs(launches.home, processes, slow))
+        launches.run(name, processes, lambda: all_jobs(launches.home, processes, slow))
         return launches.home / "distillation"
 
     return run
@@ -59,16 +57,6 @@ def folder(launches: Launches) -> Folder:
 def expected(launches: Launches) -> Callable[[str], plain.Trained]:
     """``expected(name)`` trains by plain PyTorch, once."""
     return cache(lambda name: train_plain(launches.home, name))
-
-
-@pytest.fixture(scope="module")
-def continued(folder: Folder, launches: Launches) -> Path:
-    """Where the runs are that were cut off and went on."""
-    folder(2, False)
-    for processes in CONTINUED:
-        name = f"distillation-continued-{processes}"
-        launches.run(name, processes, lambda processes=processes: continued_jobs(launches.home, processes))
-    return launches.home / "distillation"
 
 
 @pytest.mark.parametrize(("processes", "slow", "job"), JOBS)
@@ -119,7 +107,7 @@ def test_teacher_and_student_cut_responses_differently(launches: Launches, folde
     )
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2-overlap"])
+@pytest.mark.parametrize("layout", ["one", "tp2", "dp2-overlap"])
 def test_cache_holds_the_largest_log_probs_of_transformers(layout: str, folder: Folder, launches: Launches) -> None:
     cached = folder(1 if layout == "one" else 2, False) / layout / "cache"
     teacher = launches.home / "teacher"
@@ -142,27 +130,22 @@ def test_cache_holds_the_largest_log_probs_of_transformers(layout: str, folder: 
         np.testing.assert_allclose(found["tail"], 1 - top.values.exp().sum(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize(("source", "layout"), AGAIN)
-def test_projectors_are_read_back_bit_for_bit(source: str, layout: str, continued: Path) -> None:
-    saved = _projectors(continued / f"{source}-cut")
-    loaded = read(continued / f"{source}-at-{layout}").weights[0]
+@pytest.mark.parametrize(("processes", "source", "target"), AGAIN)
+def test_projectors_are_read_back_bit_for_bit(processes: int, source: str, target: str, folder: Folder) -> None:
+    path = folder(processes, False) / f"{source}-at-{target}"
+    saved, loaded = _projectors(path, CUT), read(path).weights[0]
     assert all(torch.equal(saved[name], loaded[name]) for name in PROJECTORS)
 
 
-@pytest.mark.parametrize(("source", "layout"), AGAIN)
-def test_a_run_that_was_cut_off_ends_as_one_that_was_not(source: str, layout: str, continued: Path) -> None:
+@pytest.mark.parametrize(("processes", "source", "target"), AGAIN)
+def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
+    processes: int, source: str, target: str, folder: Folder
+) -> None:
     """Bit for bit in the same layout, projectors and their optimizer state included; within rounding in another."""
-    whole, again = (read(continued / name) for name in (f"{source}/dskd", f"{source}-at-{layout}"))
-    assert [len(run.metrics) for run in (whole, again)] == [STEPS, STEPS]
-    ends = [
-        _ends(continued / name, run, step)
-        for name, run, step in (
-            (f"{source}/dskd", whole, STEPS - 1),
-            (f"{source}-at-{layout}", again, STEPS - 1 - CUT),
-        )
-    ]
-    for here, there in zip(*ends, strict=True):
-        if source == layout:
+    home, again = folder(processes, False), f"{source}-at-{target}"
+    whole = _end(home / source / "dskd", STEPS - 1)
+    for here, there in zip(whole, _end(home / again, STEPS - 1 - CUT), strict=True):
+        if source == target:
             assert here.keys() == there.keys()
             assert all(torch.equal(here[name], there[name]) for name in here)
         else:
@@ -176,12 +159,14 @@ def test_export_of_dskd_is_the_student_alone(folder: Folder, launches: Launches)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def _ends(folder: Path, observed: Observed, step: int) -> tuple[dict[str, Tensor], ...]:
-    """The last step's gradients, and the weights behind it."""
+def _end(folder: Path, step: int) -> tuple[dict[str, Tensor], ...]:
+    """The gradients of the last step, which was the job's ``step``-th, and the weights behind it."""
+    observed = read(folder)
+    assert len(observed.metrics) == STEPS
     return observed.gradients[step], exported(folder / "export"), _projectors(folder)
 
 
-def _projectors(folder: Path) -> dict[str, Tensor]:
-    """The projectors in the newest checkpoint of a run."""
-    stored = CheckpointTensors(find_checkpoints(folder / "checkpoints")[-1])
+def _projectors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
+    """The projectors in a checkpoint of a run."""
+    stored = CheckpointTensors(folder / "checkpoints" / f"step-{step:08d}")
     return {name: stored(name, ()) for name in PROJECTORS}
