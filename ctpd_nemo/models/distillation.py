@@ -29,14 +29,8 @@ from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData, check_vocabulary
 from ctpd_nemo.models.dpo import check_reference
-from ctpd_nemo.models.forward import (
-    OutputReader,
-    ResponseStates,
-    StepLoss,
-    output_weight,
-    response_lengths,
-    response_states,
-)
+from ctpd_nemo.models.forward import OutputReader, StepLoss, output_weight
+from ctpd_nemo.models.response_states import ResponseStates, response_lengths, response_states
 from ctpd_nemo.models.teacher import FrozenModel
 
 
@@ -94,12 +88,9 @@ class DistillationModel(MegatronModel):
         """Args as those of ``MegatronModel``.
 
         Raises:
-            InputError: The layout cuts sequences, or there is no teacher.
+            InputError: There is no teacher.
         """
         super().__init__(run, run_data, trainer)
-        if run.parallel.context > 1:
-            found = f"{run.parallel.context} with method.name {run.method.name}"
-            raise InputError("parallel.context", found, "1: distributions of whole responses are compared")
         self.vocab_sizes = [self.architecture.vocab_size]
         # The cache speaks for weights that are elsewhere.
         if run.method.reference == "online" or run.model.teacher.path is not None:
@@ -177,7 +168,7 @@ class DistillationModel(MegatronModel):
             raise InputError(place, str(k), f"at most {min(self.vocab_sizes)}, the words of the smaller vocabulary")
 
     def microbatch_loss(self, policy_S: ResponseStates, microbatch: Microbatch) -> StepLoss:  # type: ignore[override]
-        """The sums over the response tokens; counted in the student's tokens."""
+        """The sums over the student's response tokens; context-parallel ranks share what is differentiated."""
         terms = self.terms(policy_S, microbatch)
         sums = {
             "loss": terms.total.detach(),
@@ -186,7 +177,8 @@ class DistillationModel(MegatronModel):
             **terms.others,
         }
         count = len(policy_S.labels_N)
-        return StepLoss(terms.total, count, sums, dict.fromkeys(sums, count))
+        share = terms.total / parallel_state.get_context_parallel_world_size()
+        return StepLoss(share, count, sums, dict.fromkeys(sums, count))
 
 
 def tensor_group() -> torch.distributed.ProcessGroup:

@@ -20,7 +20,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.losses.dskd import PROJECTORS, Projectors, cross_attention, divergence, unit_deviation
 from ctpd_nemo.losses.whole_logits import WholeLogits, loss_of_logits
 from ctpd_nemo.models.distillation import DistillationConfig, DistillationModel, Terms, check_positive, tensor_group
-from ctpd_nemo.models.forward import ResponseStates, response_positions
+from ctpd_nemo.models.response_states import ResponseStates, response_positions
 from ctpd_nemo.parallel.layout import local_device
 
 

@@ -48,27 +48,6 @@ LossFunction = Callable[[Any, Microbatch], StepLoss]
 OutputReader = Callable[[GPTModel, Tensor, Microbatch, int], Any]
 
 
-@dataclass(frozen=True)
-class ResponseStates:
-    """What a loss over whole distributions is made of, at the N positions that predict a response token.
-
-    Attributes:
-        hidden_NH: Hidden states; their gradient is this rank's share, summed over the tensor-parallel group later.
-        weight_VH: This rank's rows of the output layer.
-        vocab_size: Rows of the whole output layer that are vocabulary.
-        inputs_N: The token at the position, int64.
-        labels_N: The token that it predicts, int64.
-        lengths_R: Response tokens of each sequence, int64 ``[R]``.
-    """
-
-    hidden_NH: Tensor
-    weight_VH: Tensor
-    vocab_size: int
-    inputs_N: Tensor
-    labels_N: Tensor
-    lengths_R: Tensor
-
-
 def packed_seq_params(microbatch: Microbatch) -> PackedSeqParams:
     """Where the sequences of a microbatch begin and end, for attention and rotary embedding."""
     # Padding belongs to its sequence. Transformer Engine's context-parallel attention asks for both all the same.
@@ -137,30 +116,6 @@ def span_logprobs(model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, v
     return sum_by(
         logprobs_N, span_T[position_N].long(), microbatch.num_spans, parallel_state.get_context_parallel_group()
     )
-
-
-def response_states(model: GPTModel, hidden_1TH: Tensor, microbatch: Microbatch, vocab_size: int) -> ResponseStates:
-    """The states at response positions, where no sequence is cut over context-parallel ranks; arguments as above."""
-    position_N = response_positions(microbatch)
-    return ResponseStates(
-        hidden_1TH[0].index_select(0, position_N),
-        output_weight(model),
-        vocab_size,
-        microbatch.tokens[position_N],
-        microbatch.labels[position_N],
-        response_lengths(microbatch),
-    )
-
-
-def response_positions(microbatch: Microbatch) -> Tensor:
-    """The positions that predict a response token, ascending, int64 ``[N]``."""
-    return (microbatch.labels >= 0).nonzero().squeeze(1)
-
-
-def response_lengths(microbatch: Microbatch) -> Tensor:
-    """How many of them each sequence has, int64 ``[S]``."""
-    before_T = torch.cat([microbatch.labels.new_zeros(1), (microbatch.labels >= 0).cumsum(0)])
-    return before_T[microbatch.cu_seqlens.long()].diff()
 
 
 def _held(microbatch: Microbatch, field_T: Tensor) -> Tensor:

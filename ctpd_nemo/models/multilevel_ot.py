@@ -13,7 +13,7 @@ from ctpd_nemo.losses.uld import paired_rows
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.distillation import DistillationConfig, DistillationModel, Terms, check_positive, tensor_group
-from ctpd_nemo.models.forward import ResponseStates
+from ctpd_nemo.models.response_states import ResponseStates
 
 
 @dataclass

@@ -46,8 +46,8 @@ class ScoreConfig:
         reference: Hugging Face folder of the model that is the reference; ``None`` leaves the role for another job.
         positive: The reference's family trained by DPO, likewise.
         negative: The same trained on swapped pairs, likewise.
-        margin: Also keep the margins of the reference, for ``weights: single_teacher``; in the same forward pass, unless
-            ``top_k`` is kept.
+        margin: Also keep the margins of the reference, for ``weights: single_teacher``; in the same forward pass
+            unless ``top_k`` is kept.
         student: The model that is the student before it is trained, on its own tokens of the shared spans, likewise.
         student_positive: The student trained by DPO, likewise.
         student_negative: The student trained on swapped pairs, likewise.

@@ -15,7 +15,7 @@ from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch
 from ctpd_nemo.losses.spans import sum_by
 from ctpd_nemo.losses.top_logprobs import TopLogprobs, top_logprobs
-from ctpd_nemo.models.forward import response_positions, response_states
+from ctpd_nemo.models.response_states import response_positions, response_states
 from ctpd_nemo.models.teacher import FrozenModel
 
 Arrays = tuple[NDArray[Any], ...]

@@ -92,11 +92,9 @@ def _top_k_writer(
     """Where the reference's largest log-probs go.
 
     Raises:
-        InputError: The layout cuts sequences, there are fewer words, or what is there is of something else.
+        InputError: There are fewer words, or what is there is of something else.
     """
     method = run.method
-    if run.parallel.context > 1:
-        raise InputError("parallel.context", f"{run.parallel.context} with method.top_k", "1")
     words = read_architecture(method.reference).vocab_size
     if method.top_k > words:
         raise InputError("method.top_k", str(method.top_k), f"at most {words}, the reference's vocabulary")

@@ -27,14 +27,17 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import batching_of, check_vocabulary, load_side
+from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.gpt import check_sizes
+from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
-from ctpd_nemo.pipeline.recipe import STAGES, Stage, check_roles
+from ctpd_nemo.pipeline.recipe import STAGES, Stage, check_roles, check_top_k
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
+from ctpd_nemo.pipeline.top_k_cache import top_k_is_whole
 from ctpd_nemo.pipeline.train import train
 
 logger = logging.getLogger(__name__)
@@ -179,6 +182,8 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
         raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
     if isinstance(run.method, CTPDConfig):
         check_roles(config, stage, run.method)
+    elif isinstance(run.method, DistillationConfig):
+        check_top_k(config, stage, run.method)
     return run
 
 
@@ -188,7 +193,7 @@ def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | N
     status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
     if status.get("fingerprint") != fingerprint or not status["complete"]:
         return None
-    if stage.scores and not on_rank_0(lambda: is_whole(output)):
+    if stage.scores and not on_rank_0(lambda: is_whole(output) and (not run.method.top_k or top_k_is_whole(output))):
         return None
     return StageResult(output, status["seconds"], skipped=True)
 
@@ -290,7 +295,8 @@ def _fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> st
             del content["method"][name]
     else:
         content |= {"optim": values["optim"], "epochs": trainer["epochs"], "max_steps": trainer["max_steps"]}
-    for name in ("student", "teacher") if stage.scores or stage.name == "ctpd" else (run.policy,):
+    both = stage.scores or METHODS[run.method.name].two_sided
+    for name in ("student", "teacher") if both else (run.policy,):
         side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
         if own_folder or side.tokenizer or side.chat_template:
             reader = load_side(side, f"model.{name}")

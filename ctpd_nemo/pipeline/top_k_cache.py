@@ -198,6 +198,14 @@ class TopKReader:
         return logprobs.reshape(-1, self.k), tail
 
 
+def top_k_is_whole(folder: str | Path) -> bool:
+    """Whether the manifest is there, and every shard that it names."""
+    if not (Path(folder) / _MANIFEST).is_file():
+        return False
+    shards = range(_read_manifest(Path(folder))["shards"])
+    return all(_shard_path(Path(folder), shard).exists() for shard in shards)
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / _MANIFEST
     if not path.is_file():

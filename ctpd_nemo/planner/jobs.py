@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import ScoreConfig
@@ -178,6 +179,10 @@ def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str,
             raise InputError("data.max_length", str(run.data.max_length), f"at most {model.name}'s {longest} positions")
     if isinstance(run.method, ScoreConfig):
         return _scoring_job(run, stage.name, sides)
+    if isinstance(run.method, DistillationConfig):
+        # Their losses hold whole logits, or projectors, which no count here has.
+        expected = f"a method whose cost is known; stages.{stage.name}=null plans the other stages"
+        raise InputError(f"stages.{stage.name}.method.name", run.method.name, expected)
     method = METHODS[run.method.name]
     roles: Iterable[str] = ()
     if getattr(run.method, "reference", None) == "online":

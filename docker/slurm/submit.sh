@@ -34,10 +34,13 @@ declare -A builds_on=(
     [score_student]="sft_student sft_teacher dpo_student_positive dpo_student_negative"
     [dpo_student]="sft_student"
     [tis_dpo]="sft_student dpo_student_positive dpo_student_negative"
+    [uld]="sft_student sft_teacher score"
+    [dskd]="sft_student sft_teacher"
+    [multilevel_ot]="sft_student sft_teacher score"
     [ctpd]="sft_student sft_teacher score score_student"
 )
 known="sft_teacher, sft_student, dpo_positive, dpo_negative, dpo_student_positive, dpo_student_negative, score,"
-readonly known+=" score_student, dpo_student, tis_dpo or ctpd"
+readonly known+=" score_student, dpo_student, tis_dpo, uld, dskd, multilevel_ot or ctpd"
 
 jobs=()
 while (($#)) && [[ $1 != -- ]]; do

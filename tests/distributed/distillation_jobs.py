@@ -20,6 +20,7 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2},
     "pp2": {"pipeline": 2},
     "dp2-overlap": {"overlap_grad_reduce": True, "overlap_param_gather": True},
+    "cp2": {"context": 2},
     "sp2": {"tensor": 2, "sequence": True, "recompute": "full"},
     "vp2": {"pipeline": 2, "virtual_pipeline": 2},
     "tp2pp2": {"tensor": 2, "pipeline": 2},
@@ -32,11 +33,16 @@ TRAINED: dict[tuple[int, bool], dict[str, tuple[str, ...]]] = {
         "pp2": ("uld", "multilevel_ot", "dskd", "multilevel_ot-cache"),
         "dp2-overlap": ("dskd",),
     },
-    (2, True): {"sp2": ONLINE, "vp2": ONLINE, "dp2-overlap": ("uld", "multilevel_ot-cache")},
+    (2, True): {
+        "cp2": (*ONLINE, "multilevel_ot-cache"),
+        "sp2": ONLINE,
+        "vp2": ONLINE,
+        "dp2-overlap": ("uld", "multilevel_ot-cache"),
+    },
     (4, True): {"tp2pp2": (*ONLINE, *CACHED)},
 }
 # Whose cache is compared; that of one process is the one that is read.
-SCORED = {1: ("one",), 2: ("tp2", "dp2-overlap")}
+SCORED = {(1, False): ("one",), (2, False): ("tp2", "dp2-overlap"), (2, True): ("cp2",)}
 # DSKD cut off and gone on with: from which layout, in which.
 CONTINUED = {1: (("one", "one"),), 2: (("pp2", "pp2"), ("pp2", "tp2"))}
 
@@ -81,7 +87,7 @@ def score_job(home: Path, layout: str) -> dict[str, Any]:
 
 def all_jobs(home: Path, processes: int, slow: bool) -> list[dict[str, Any]]:
     """Caches, training jobs in folders ``distillation/<layout>/<name>``, and runs that are cut off and go on."""
-    jobs = [] if slow else [score_job(home, layout) for layout in SCORED[processes]]
+    jobs = [score_job(home, layout) for layout in SCORED.get((processes, slow), ())]
     for layout, names in TRAINED[processes, slow].items():
         for name in names:
             config = method(name, home / "distillation" / "one" / "cache")
@@ -109,7 +115,7 @@ def _job(
         "method": config,
         "model": {side: {"path": str(home / side)} for side in ("student", "teacher")},
         "parallel": PARALLEL[layout],
-        "data": {"microbatch_tokens": 3 * MAX_LENGTH},
+        "data": {"microbatch_tokens": 3 * MAX_LENGTH + -3 * MAX_LENGTH % 4},
         "trainer": {"epochs": 2, "checkpoint_every": checkpoint_every},
     }
     return job(home, folder, parts, **observed)

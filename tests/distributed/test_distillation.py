@@ -19,6 +19,7 @@ from tests.distributed.distillation_jobs import (
     CONTINUED,
     CUT,
     GRADIENTS,
+    SCORED,
     STEPS,
     TRAINED,
     all_jobs,
@@ -33,6 +34,11 @@ JOBS = [
     for (processes, slow), layouts in TRAINED.items()
     for layout, names in layouts.items()
     for name in names
+]
+CACHES = [
+    pytest.param(processes, slow, layout, marks=[pytest.mark.slow] if slow else [], id=layout)
+    for (processes, slow), layouts in SCORED.items()
+    for layout in layouts
 ]
 AGAIN = [(processes, *layouts) for processes, cases in CONTINUED.items() for layouts in cases]
 
@@ -107,9 +113,11 @@ def test_teacher_and_student_cut_responses_differently(launches: Launches, folde
     )
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "dp2-overlap"])
-def test_cache_holds_the_largest_log_probs_of_transformers(layout: str, folder: Folder, launches: Launches) -> None:
-    cached = folder(1 if layout == "one" else 2, False) / layout / "cache"
+@pytest.mark.parametrize(("processes", "slow", "layout"), CACHES)
+def test_cache_holds_the_largest_log_probs_of_transformers(
+    processes: int, slow: bool, layout: str, folder: Folder, launches: Launches
+) -> None:
+    cached = folder(processes, slow) / layout / "cache"
     teacher = launches.home / "teacher"
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     stored = {

@@ -57,7 +57,7 @@ def test_each_job_waits_for_those_that_make_its_inputs_and_no_others(stubs: Stub
     calls = submitted(stubs, *(f"{stage.name}:1" for stage in STAGES))
     number = {stage.name: str(1001 + index) for index, stage in enumerate(STAGES)}
     for stage, call in zip(STAGES, calls, strict=True):
-        sources = {**stage.inputs, **stage.optional}.values()
+        sources = {**stage.inputs, **stage.optional, **stage.cached}.values()
         assert dependencies(call) == {number[source] for source in sources}, stage.name
         assert ("--kill-on-invalid-dep=yes" in call) == bool(stage.inputs)
 

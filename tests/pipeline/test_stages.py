@@ -35,7 +35,8 @@ from tests.pipeline.tool import kill, run_tool, started
 
 # What runs unless it is asked for more, and the DPO baseline.
 OF_STUDENT_PAIR = {"dpo_student_positive", "dpo_student_negative", "score_student", "tis_dpo"}
-ALL = [stage.name for stage in STAGES if stage.name not in OF_STUDENT_PAIR]
+DISTILLATION = {"uld", "dskd", "multilevel_ot"}
+ALL = [stage.name for stage in STAGES if stage.name not in OF_STUDENT_PAIR | DISTILLATION]
 TRAINED = [name for name in ALL if name != "score"]
 STUDENT_ALONE = [f"stages.{name}=null" for name in ALL if name != "sft_student"]
 
