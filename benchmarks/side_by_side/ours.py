@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from turns import Turn
 
+from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.dpo import DPOConfig
 from ctpd_nemo.pipeline import quiet
@@ -26,8 +27,8 @@ class TakeTurns(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A step is done."""
         metrics = pl_module.last_metrics
-        names = ("loss", "logprob_chosen", "logprob_rejected", "step_seconds")
-        self.turn(**{name: metrics[name] for name in names})
+        names = ("loss", "logprob_chosen", "logprob_rejected", "cross_entropy", "distillation", "step_seconds")
+        self.turn(**{name: metrics[name] for name in names if name in metrics})
 
 
 def dpo_cached(turn: Turn, setting: Setting) -> None:
@@ -47,5 +48,10 @@ def ctpd_online(turn: Turn, setting: Setting) -> None:
 
 
 def _train(turn: Turn, setting: Setting, method: Any) -> None:
+    train_in_turns(turn, run_config(setting, method))
+
+
+def train_in_turns(turn: Turn, run: RunConfig) -> None:
+    """A whole training job that ends a turn with every step."""
     quiet.after_imports()
-    train(run_config(setting, method), callbacks=[TakeTurns(turn)])
+    train(run, callbacks=[TakeTurns(turn)])

@@ -79,3 +79,23 @@ class Setting:
         """The pairs of a step; every epoch goes through them in the same order."""
         start = step % self.steps_per_epoch * self.batch
         return pairs[start : start + self.batch]
+
+
+@dataclass(frozen=True)
+class DistillationSetting(Setting):
+    """A ``Setting`` whose teacher has a size of its own.
+
+    Attributes:
+        teacher_hidden: Width of the teacher.
+        teacher_layers: Its layers.
+        top_k: Log-probs of each token that are compared, and cached.
+    """
+
+    teacher_hidden: int
+    teacher_layers: int
+    top_k: int
+
+    @property
+    def cache(self) -> str:
+        """The cache of the teacher's largest log-probs, in half precision."""
+        return str(self.folder / "cache")

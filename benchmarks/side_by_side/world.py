@@ -33,11 +33,11 @@ def build_world(setting: Setting) -> None:
         AutoTokenizer.from_pretrained(path) for path in (setting.student_tokenizer, setting.teacher_tokenizer)
     ]
     student, teacher = tokenizers
-    write_model(setting.student, LlamaConfig(**_sizes(setting, student, setting.student_vocab)), student, seed=0)
+    write_model(setting.student, LlamaConfig(**sizes(setting, student, setting.student_vocab)), student, seed=0)
     for seed, role in enumerate(TEACHERS, start=1):
-        config = Qwen2Config(**_sizes(setting, teacher, setting.teacher_vocab))
+        config = Qwen2Config(**sizes(setting, teacher, setting.teacher_vocab))
         write_model(setting.teacher(role), config, teacher, seed)
-    kept = _choose_pairs(setting, Side(student, None), Side(teacher, None))
+    kept = choose_pairs(setting, Side(student, None), Side(teacher, None))
     student_folder, teacher_folders = str(setting.student), {role: str(setting.teacher(role)) for role in TEACHERS}
     score(run_config(setting, ScoreConfig(cache=dpo_scores(setting), reference=student_folder), "student"))
     score(run_config(setting, ScoreConfig(cache=ctpd_scores(setting), **teacher_folders)))
@@ -79,7 +79,7 @@ def run_config(setting: Setting, method: Any, teacher: str = "reference") -> Run
     )
 
 
-def _sizes(setting: Setting, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> dict[str, Any]:
+def sizes(setting: Setting, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> dict[str, Any]:
     """Four heads over two query groups; the gated feed-forward is 8/3 as wide as the model."""
     return {
         "vocab_size": vocab_size or max(tokenizer.get_vocab().values()) + 1,
@@ -97,7 +97,7 @@ def _sizes(setting: Setting, tokenizer: PreTrainedTokenizerFast, vocab_size: int
     }
 
 
-def _choose_pairs(setting: Setting, student: Side, teacher: Side) -> list[EncodedPair]:
+def choose_pairs(setting: Setting, student: Side, teacher: Side) -> list[EncodedPair]:
     """Write the first pairs of which DPO and CTPD train the very same tokens, and give them as CTPD reads them.
 
     CTPD cuts a response that is too long where a span ends, so that a few tokens less may be left of it than of DPO's.
