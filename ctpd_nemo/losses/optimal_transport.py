@@ -19,7 +19,8 @@ Where paper and release differ:
 - The release fills the sequences of a batch up to equal lengths, and the filling takes part in the plan. Here each
   response has a plan of its own, over its n tokens of the student and m of the teacher: rows have a mass of 1, columns
   of n / m; with n = m that is the doubly stochastic plan of both.
-- Sums over tokens are divided by the tokens of the global batch; the release takes means over tokens and responses.
+- Sums over tokens are divided by the tokens of the global batch; the release takes means over tokens and responses,
+  but of the sequence level a thousandth of the sum, so that :math:`\gamma` there and here mean other things.
 """
 
 import math
