@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--teacher-hidden", type=int, default=256)
     parser.add_argument("--teacher-layers", type=int, default=8)
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=9, help="of each side, those of the warm-up included")
+    parser.add_argument("--steps", type=int, default=5, help="of each side, those of the warm-up included")
     parser.add_argument("--warmup", type=int, default=1, help="first steps that do not count")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     add_report_arguments(parser)
