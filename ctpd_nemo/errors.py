@@ -1,16 +1,19 @@
 """The one exception that stands for bad input."""
 
+# Characters of one part of a message; a library may quote all of what it could not read.
+_LONGEST = 1000
+
 
 class InputError(ValueError):
     """Input that cannot be used: a config value, a file, a folder, a row of data.
 
     The message is one line that names the place (file and line, folder, or config key), what was found there
     and what was expected. The entry points in ``tools/`` print it without a traceback and exit with status 2.
+    What a terminal would obey, or a reader not see, stands in it as escapes; what is longer than anyone reads is cut.
     """
 
     def __init__(self, place: str, found: str, expected: str) -> None:
-        # A path, an id or a library's own message may hold line breaks.
-        super().__init__(" ".join(f"{place}: found {found}; expected {expected}".splitlines()))
+        super().__init__(f"{_line(place)}: found {_line(found)}; expected {_line(expected)}")
         self.place = place
         self.found = found
         self.expected = expected
@@ -18,3 +21,12 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str, str]]:
         # Dataloader workers send exceptions back by pickling; rebuild from the parts, not from the joined message.
         return type(self), (self.place, self.found, self.expected)
+
+
+def _line(text: str) -> str:
+    """A path, an id or a library's own message as one line that a terminal shows as it is."""
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... ({len(text):,} characters) ... {text[-_LONGEST // 4 :]}"
+    # Line breaks of a library's message are spaces: they are layout, not content.
+    line = " ".join(text.splitlines())
+    return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)

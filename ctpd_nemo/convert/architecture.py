@@ -1,20 +1,27 @@
 """What a Hugging Face folder's ``config.json`` says about the model, in the words of this project."""
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ctpd_nemo.convert.families import FAMILIES
 from ctpd_nemo.convert.family import Family
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
-# transformers would fill these in with the sizes of some 7B model; a model of our own has to state them.
-_STATED_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# transformers would fill these in with the sizes of some 7B model; a model of our own has to state them. At most, each
+# is many times that of the largest dense models: names and shapes of tensors are listed by these numbers.
+_STATED_SIZES = {
+    "hidden_size": 2**21,
+    "intermediate_size": 2**23,
+    "num_hidden_layers": 20_000,
+    "num_attention_heads": 2**14,
+    "vocab_size": 2**25,
+}
 
 # Rotary types whose frequencies do not depend on the length of the sequence at hand.
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -81,12 +88,14 @@ def parse_architecture(raw: dict[str, Any], place: str) -> Architecture:
         InputError: A family that is not known, or a feature that would change the numbers and is not supported.
     """
     family = _family(raw, place)
-    for key in _STATED_SIZES:
-        if not isinstance(raw.get(key), int) or raw[key] < 1:
-            raise InputError(place, f"{key} = {raw.get(key)!r}", "a positive whole number")
+    for key, most in _STATED_SIZES.items():
+        value = raw.get(key)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InputError(place, f"{key} = {value!r}", f"a positive whole number, at most {most:,}")
     config = _parse(family, raw, place)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     _check_supported(family, config, place)
+    _check_sizes(config, head_dim, place)
     rope_theta, inv_freq = _rope(config, head_dim, place)
     return Architecture(
         family=family.model_type,
@@ -115,13 +124,7 @@ def _read_json_object(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(str(folder), "no config.json", "a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(str(path), f"no JSON ({error})", "a JSON object") from error
-    if not isinstance(raw, dict):
-        raise InputError(str(path), f"a JSON {type(raw).__name__}", "a JSON object")
-    return raw, str(path)
+    return read_object(path), str(path)
 
 
 def _family(raw: dict[str, Any], place: str) -> Family:
@@ -134,8 +137,8 @@ def _family(raw: dict[str, Any], place: str) -> Family:
 def _parse(family: Family, raw: dict[str, Any], place: str) -> Any:
     try:
         return family.config_class.from_dict(raw)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # validators over whatever stands there
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(place, reason, f"a configuration that {family.config_class.__name__} accepts") from error
 
 
@@ -150,13 +153,27 @@ def _check_supported(family: Family, config: Any, place: str) -> None:
         raise InputError(place, f"num_key_value_heads = {groups}", f"a divisor of num_attention_heads = {heads}")
 
 
+def _check_sizes(config: Any, head_dim: Any, place: str) -> None:
+    """What ``transformers`` fills in or takes as it is, and no model can be built of."""
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 2 <= head_dim <= 2**16 or head_dim % 2:
+        raise InputError(place, f"head_dim = {head_dim!r}", "a positive even number")
+    longest = config.max_position_embeddings
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
+        raise InputError(place, f"max_position_embeddings = {longest!r}", "a positive whole number")
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise InputError(place, f"dtype = {config.dtype!r}", "the name of a dtype of torch")
+    eps = config.rms_norm_eps
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise InputError(place, f"rms_norm_eps = {eps!r}", "a number between 0 and 1")
+
+
 def _rope(config: Any, head_dim: int, place: str) -> tuple[float, tuple[float, ...]]:
     """The rotary base and frequencies, by ``transformers``' own initialisers."""
     # transformers 5 keeps theta and scaling together in rope_parameters; 4 has rope_theta and rope_scaling.
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
-    if not isinstance(theta, int | float) or theta <= 0:
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
         raise InputError(place, f"rope_theta = {theta!r}", "a positive number")
     if kind not in _STATIC_ROPE_TYPES:
         raise InputError(place, f"rotary type {kind!r}", f"one of {', '.join(_STATIC_ROPE_TYPES)}")
@@ -167,10 +184,12 @@ def _rope(config: Any, head_dim: int, place: str) -> tuple[float, tuple[float, .
     else:
         try:
             inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config)
-        except (KeyError, TypeError, ZeroDivisionError) as error:
+        except Exception as error:  # arithmetic over whatever stands there
             raise InputError(place, f"{kind} rotary parameters that fail ({error!r})", "complete numbers") from error
     if attention_scaling != 1.0:
         raise InputError(place, f"rotary type {kind!r} with attention factor {attention_scaling}", "a factor of 1")
+    if not torch.isfinite(inv_freq).all():
+        raise InputError(place, f"{kind} rotary parameters that give {inv_freq.tolist()}", "finite frequencies")
     if 2 * len(inv_freq) != head_dim:
         raise InputError(place, f"{len(inv_freq)} rotary frequencies", f"half of head_dim = {head_dim}")
     return float(theta), tuple(inv_freq.tolist())

@@ -1,6 +1,5 @@
 """The weight files of a Hugging Face folder: one ``model.safetensors``, or shards with an index."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.convert.layout import HF_EMBEDDING, HF_OUTPUT, Block, hf_tensor_shapes
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -110,11 +110,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if not path.is_file():
         raise InputError(str(folder), f"neither {SINGLE_FILE} nor {INDEX_FILE}", "weights in the safetensors format")
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = dict(weight_map.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(str(path), f"no readable weight_map ({error!r})", "a safetensors index") from error
+    shards = read_object(path, "a safetensors index").get("weight_map")
+    if not isinstance(shards, dict):
+        raise InputError(str(path), f"weight_map = {shards!r}", "a safetensors index")
     if not shards:
         raise InputError(str(path), "an empty weight_map", "a safetensors index")
     for tensor, shard in shards.items():

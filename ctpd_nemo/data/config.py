@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from ctpd_nemo.errors import InputError
 
+# More processes than any machine has cores are a slip of the pen.
+_MOST_WORKERS = 1024
+
 
 @dataclass
 class DataConfig:
@@ -50,8 +53,10 @@ class DataConfig:
         for name in ("max_length", "global_batch_size", "microbatch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}", str(getattr(self, name)), "1 or more")
-        if self.num_workers < 0:
-            raise InputError("data.num_workers", str(self.num_workers), "0 or more")
+        if not 0 <= self.num_workers <= _MOST_WORKERS:
+            raise InputError("data.num_workers", str(self.num_workers), f"0 or more, at most {_MOST_WORKERS}")
+        if self.encoded == "":
+            raise InputError("data.encoded", "''", "auto, a folder, or null")
         if self.microbatch_tokens < 2 * self.max_length:
             raise InputError(
                 "data.microbatch_tokens",

@@ -34,6 +34,7 @@ from ctpd_nemo.data.encode import (
 )
 from ctpd_nemo.data.preferences import PreferenceDataset
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
 FORMAT = 1
 PAIRS_PER_SHARD = 1024
@@ -113,14 +114,11 @@ class Manifest:
             InputError: No manifest, none of this format, or one of something else; names the first field that differs.
         """
         path = folder / MANIFEST
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-            fields = {**there, **there["fingerprints"]}
-        except FileNotFoundError:
-            raise InputError(str(folder), f"no {MANIFEST}", "an encoded dataset, or an empty folder") from None
-        except (ValueError, KeyError, TypeError) as error:
-            found = f"no manifest ({error!r})"
-            raise InputError(str(path), found, f"that of an encoded dataset; remove {folder} to encode again") from None
+        if not path.exists():
+            raise InputError(str(folder), f"no {MANIFEST}", "an encoded dataset, or an empty folder")
+        there = read_object(path, f"the manifest of an encoded dataset; remove {folder} to encode again")
+        fingerprints = there.get("fingerprints")
+        fields = {**there, **(fingerprints if isinstance(fingerprints, dict) else {})}
         here = asdict(self)
         for name, value in {**here, **here.pop("fingerprints")}.items():
             if name != "fingerprints" and fields.get(name) != value:
@@ -143,7 +141,7 @@ class EncodedDataset:
             manifest: What it must have been made from.
 
         Raises:
-            InputError: It was made from something else, or a shard is missing.
+            InputError: It was made from something else, a shard is missing, or its files are not what they should be.
         """
         self.folder = Path(folder)
         self.manifest = manifest
@@ -152,6 +150,8 @@ class EncodedDataset:
             if not shard_folder(self.folder, shard).is_dir():
                 raise InputError(str(self.folder), f"no {shard_folder(self.folder, shard).name}", "every shard")
         self._shards: dict[int, dict[str, NDArray[Any]]] = {}
+        for shard in range(manifest.n_shards):
+            self._arrays(shard)
 
     def __len__(self) -> int:
         return self.manifest.pairs
@@ -185,8 +185,13 @@ class EncodedDataset:
 
     def _shard(self, shard: int) -> dict[str, NDArray[Any]]:
         if shard not in self._shards:
-            self._shards[shard] = {name: self._map(shard, name) for name in ARRAYS}
+            self._shards[shard] = self._arrays(shard)
         return self._shards[shard]
+
+    def _arrays(self, shard: int) -> dict[str, NDArray[Any]]:
+        arrays = {name: self._map(shard, name) for name in ARRAYS}
+        self._check_index(shard, arrays)
+        return arrays
 
     def _map(self, shard: int, name: str) -> NDArray[Any]:
         path = shard_folder(self.folder, shard) / f"{name}.npy"
@@ -201,11 +206,31 @@ class EncodedDataset:
         # Slices of a plain array are made faster than those of a memmap, and keep the file mapped as well.
         return array.view(np.ndarray)
 
+    def _check_index(self, shard: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """No record points out of its shard: a slice that does would be short, and nobody would notice."""
+        index, n_sides = arrays["index"], 1 if self.manifest.one_sided else 2
+        kept = index[index["skipped"] == 0]
+        lengths_R = (
+            kept["prompt"][:, :n_sides].sum(axis=1, dtype=np.int64)
+            + 2 * kept["response"][:, :, :n_sides].sum(axis=(1, 2), dtype=np.int64)
+            + kept["bounds"].sum(axis=1, dtype=np.int64)
+        )
+        parts = ("prompt", "response", "bounds", "spans", "id_bytes", "id_at", "tokens_at", "skipped")
+        if (
+            any((index[name] < 0).any() for name in parts)
+            or (index["skipped"] > len(SKIP_REASONS)).any()
+            or (index["id_at"] > len(arrays["ids"]) - index["id_bytes"]).any()
+            or (kept["tokens_at"] > len(arrays["tokens"]) - lengths_R).any()
+        ):
+            path = shard_folder(self.folder, shard) / "index.npy"
+            raise _damaged(path, "a record that points out of its shard")
+
     def _pair(self, row: int) -> EncodedPair | Skipped:
         shard, within = divmod(int(row), self.manifest.pairs_per_shard)
         arrays = self._shard(shard)
         record = arrays["index"][within]
-        pair_id = arrays["ids"][record["id_at"] : record["id_at"] + record["id_bytes"]].tobytes().decode()
+        id_bytes = arrays["ids"][record["id_at"] : record["id_at"] + record["id_bytes"]].tobytes()
+        pair_id = id_bytes.decode(errors="replace")
         if record["skipped"]:
             return Skipped(int(row), pair_id, SKIP_REASONS[record["skipped"] - 1])
         parts = _parts(arrays["tokens"], record, 1 if self.manifest.one_sided else 2)
@@ -243,11 +268,10 @@ def verify_shard(folder: Path, shard: int) -> None:
         InputError: It is damaged.
     """
     folder = shard_folder(folder, shard)
-    try:
-        checks = json.loads((folder / CHECKS).read_text(encoding="utf-8"))
-        expected = {name: int(checks[name]) for name in ARRAYS}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / CHECKS, f"no checksums ({error!r})") from error
+    expected = read_object(folder / CHECKS, f"checksums; remove {folder} to encode it again")
+    for name in ARRAYS:
+        if not isinstance(expected.get(name), int):
+            raise _damaged(folder / CHECKS, f"{name} = {expected.get(name)!r}", "a checksum")
     for name in ARRAYS:
         path = folder / f"{name}.npy"
         try:

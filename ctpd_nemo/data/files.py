@@ -2,6 +2,7 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,9 +12,14 @@ import pyarrow.parquet as pq
 
 from ctpd_nemo.data.forms import FIELDS, RowError
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+# A pair of the longest contexts there are has some ten million bytes: a line of more is a file of another format.
+_LONGEST_LINE = 64 * 1024 * 1024
 
 
 class RowSource(Protocol):
@@ -74,7 +80,9 @@ class JsonLines:
         self._open()
         starts, ends, lines = [], [], []
         position = 0
-        for number, line in enumerate(self._file, start=1):
+        for number, line in enumerate(iter(partial(self._file.readline, _LONGEST_LINE), b""), start=1):
+            if len(line) == _LONGEST_LINE:
+                raise InputError(f"{path}:{number}", f"a line of {_LONGEST_LINE:,} bytes or more", "JSON Lines")
             if line.strip():
                 starts.append(position)
                 ends.append(position + len(line))
@@ -159,6 +167,9 @@ class Parquet:
             return {name: self._table.column(name)[row].as_py() for name in self._table.column_names}
         except UnicodeDecodeError as error:
             raise RowError("invalid_utf8", str(error), "UTF-8") from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:
+            # A date beyond Python's, a view out of its buffer.
+            raise RowError("wrong_type", f"a value that cannot be read ({error})", "text") from None
 
 
 class SavedDataset:
@@ -167,7 +178,11 @@ class SavedDataset:
     def __init__(self, place: str, stem: str, dataset: "Dataset") -> None:
         self._place = place
         self.stem = stem
-        self._dataset = dataset.select_columns([name for name in FIELDS if name in dataset.column_names])
+        columns = dataset.select_columns([name for name in FIELDS if name in dataset.column_names])
+        for name, feature in columns.features.items():
+            _check_feature(f"{place}, field {name!r}", feature)
+        # Tensors, frames and functions of a user: whatever rows were formatted as when they were saved.
+        self._dataset = columns.with_format(None)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -192,6 +207,7 @@ def _open_folder(path: Path, split: str | None) -> SavedDataset:
     # Only this form needs the library, whose import takes longer than reading the other forms.
     from datasets import DatasetDict, load_from_disk
 
+    _check_data_files(path)
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:  # JSON, Arrow and the library have errors of their own
@@ -206,3 +222,43 @@ def _open_folder(path: Path, split: str | None) -> SavedDataset:
     if split not in loaded:
         raise InputError(str(path), f"no split {split!r}", f"one of {names}" if names else "a folder with splits")
     return SavedDataset(f"{path}[{split}]", f"{path.name}-{split}", loaded[split])
+
+
+def _check_data_files(path: Path) -> None:
+    """The files that a saved folder names are its own.
+
+    Raises:
+        InputError: A folder of a split, or a file of rows, that lies elsewhere.
+    """
+    folders = [path]
+    if (path / "dataset_dict.json").exists():
+        splits = read_object(path / "dataset_dict.json", "the names of splits").get("splits")
+        if not isinstance(splits, list) or not all(map(_is_plain_name, splits)):
+            raise InputError(str(path / "dataset_dict.json"), f"splits = {splits!r}", "names of folders in this one")
+        folders = [path / name for name in splits]
+    for folder in folders:
+        state = folder / "state.json"
+        files = read_object(state, "the state of a saved dataset").get("_data_files")
+        names = [file.get("filename") if isinstance(file, dict) else file for file in files or ()]
+        for name in names:
+            if not _is_plain_name(name):
+                raise InputError(f"{state}, _data_files", repr(name), "names of files in the same folder")
+
+
+def _is_plain_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+def _check_feature(place: str, feature: Any) -> None:
+    """Text and what holds text: other features (images, audio) open the files that rows name."""
+    from datasets import LargeList, Sequence, Value
+
+    if isinstance(feature, Value):
+        return
+    if isinstance(feature, Sequence | LargeList):
+        _check_feature(place, feature.feature)
+    elif isinstance(feature, dict | list):
+        for part in feature.values() if isinstance(feature, dict) else feature:
+            _check_feature(place, part)
+    else:
+        raise InputError(place, f"a feature of type {type(feature).__name__}", "strings, or lists of messages")

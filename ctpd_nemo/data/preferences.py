@@ -25,6 +25,7 @@ class PreferenceDataset(Sequence[PreferencePair]):
         fingerprint: Hash of every pair's id, prompt and responses, in order. It is the same for the same pairs in
             another folder, format or form. Ids made from the file's name (rows without ``id``) count as any other.
         text_bytes: int64 ``[n, 3]``, UTF-8 bytes of prompt, chosen and rejected response of every pair.
+        role_orders: The roles of each kind of prompt that there is, with the place of the first.
         skipped: Rows left out, by reason.
     """
 
@@ -35,6 +36,7 @@ class PreferenceDataset(Sequence[PreferencePair]):
         self.text_bytes = np.array(scan.text_bytes, dtype=np.int64)
         self.fingerprint = scan.hash.hexdigest()
         self.skipped = scan.skipped
+        self.role_orders = scan.role_orders
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -101,6 +103,13 @@ def open_preferences(
         logger.warning(
             "Skipped %d of %d rows (%s). The first: %s", scan.skipped.total(), rows, reasons, scan.first_skip
         )
+    if scan.repeated:
+        logger.warning(
+            "%d of %d pairs repeat an earlier one, prompt and both responses, under another id. The first: %s",
+            scan.repeated,
+            len(scan.row_of),
+            scan.first_repeat,
+        )
     return PreferenceDataset(sources, scan)
 
 
@@ -114,6 +123,10 @@ class _Scan:
     skipped: Counter[str] = field(default_factory=Counter)
     first_skip: InputError | None = None
     place_of_id: dict[str, str] = field(default_factory=dict)
+    role_orders: dict[tuple[str, ...], str] = field(default_factory=dict)
+    contents: set[int] = field(default_factory=set)
+    repeated: int = 0
+    first_repeat: str = ""
     hash: "hashlib.blake2b" = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
 
     def keep(self, source: int, row: int, pair: PreferencePair) -> None:
@@ -125,11 +138,19 @@ class _Scan:
         self.place_of_id[pair.id] = pair.place
         self.source_of.append(source)
         self.row_of.append(row)
+        self.role_orders.setdefault(tuple(message.role for message in pair.prompt), pair.place)
         prompt = [(message.role, message.content) for message in pair.prompt]
         content = json.dumps([pair.id, prompt, pair.chosen, pair.rejected], ensure_ascii=False, separators=(",", ":"))
         self.hash.update(content.encode() + b"\n")
+        self._count_repeat(hash((pair.prompt, pair.chosen, pair.rejected)), pair.place)
         prompt_bytes = sum(len(message.content.encode()) for message in pair.prompt)
         self.text_bytes.append((prompt_bytes, len(pair.chosen.encode()), len(pair.rejected.encode())))
+
+    def _count_repeat(self, content: int, place: str) -> None:
+        if content in self.contents:
+            self.repeated += 1
+            self.first_repeat = self.first_repeat or place
+        self.contents.add(content)
 
     def skip(self, error: InputError, reason: str) -> None:
         self.first_skip = self.first_skip or error

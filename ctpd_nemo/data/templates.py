@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -19,12 +19,17 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.time_limit import time_limit
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans.text_backend import text_backend
 
 # A template that prints today's date would render other prompts tomorrow: cached scores would no longer belong to them,
 # and a resumed run would not continue the one before. The date is the one Llama-3's templates fall back to.
 _PINNED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+# A template is a program of whoever made the tokenizer. Real ones take a millisecond, and write messages once.
+_RENDER_SECONDS = 10.0
+_MOST_ADDED = 1_000_000
+_MOST_COPIES = 16
 
 
 class Side:
@@ -92,16 +97,34 @@ class Side:
         if "strftime_now" in template:
             template = _PINNED_DATE + template
         conversation = [{"role": message.role, "content": message.content} for message in messages]
+        roles = ", ".join(message.role for message in messages)
         try:
-            text = self.tokenizer.apply_chat_template(
-                conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            # transformers renders in Jinja's sandbox, where a template reaches neither files nor modules.
+            with time_limit(_RENDER_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
         except Exception as error:  # a template is a program: it can raise anything
-            roles = ", ".join(message.role for message in messages)
-            found = f"a template that fails on the roles {roles} ({error})"
+            found = f"a template that fails on the roles {roles} ({str(error) or type(error).__name__})"
             raise InputError(self._template_place(place), found, "a template that renders them") from error
         assert isinstance(text, str)
+        given = sum(len(message.content) for message in messages)
+        if len(text) > _MOST_ADDED + _MOST_COPIES * given:
+            found = f"a template that makes {len(text):,} characters of {given:,}"
+            raise InputError(self._template_place(place), found, "a template that renders messages")
         return text
+
+    def check_roles(self, role_orders: Mapping[tuple[str, ...], str]) -> None:
+        """Render a prompt of each order of roles, so that a template that refuses one is known before any work.
+
+        Args:
+            role_orders: Orders of roles, and the place of a prompt that has it.
+
+        Raises:
+            InputError: The template refuses one.
+        """
+        prompts = [[Message(role, "x") for role in roles] for roles in role_orders]
+        self.render_prompts(prompts, list(role_orders.values()))
 
     def render_prompts(
         self, prompts: Sequence[Sequence[Message]], places: Sequence[str] | None = None
@@ -144,13 +167,24 @@ class Side:
         if given is None:
             if not self.tokenizer.chat_template:
                 raise InputError(self._place, "no chat template", "one in the tokenizer's folder or in the config")
-            return self.tokenizer.get_chat_template()
+            try:
+                template = self.tokenizer.get_chat_template()
+            except (ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self._place}, chat template", str(error), "one template, or a default") from error
+            if not isinstance(template, str):
+                found = f"a {type(template).__name__}"
+                raise InputError(f"{self._place}, chat template", found, "the text of a Jinja template")
+            return template
         if isinstance(given, str) and "{" in given:
             return given
         path = Path(given)
-        if not path.is_file():
-            raise InputError("chat_template", f"no file {str(given)!r}", "a Jinja template or the path of one")
-        return path.read_text(encoding="utf-8")
+        try:
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+            found = f"no file {str(given)!r}"
+        except (OSError, UnicodeDecodeError) as error:
+            found = f"a file that cannot be read ({error})"
+        raise InputError("chat_template", found, "a Jinja template or the path of one")
 
     def _find_end_of_turn(self) -> NDArray[np.int32]:
         response = uuid.uuid4().hex

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -230,8 +230,8 @@ def base_model(folder: str | Path) -> Path:
     folder = Path(folder)
     seen = {folder.resolve()}
     while policy := (record := read_json(folder / RECORD)).get("policy"):
-        base = record.get(policy)
-        if not base or Path(base).resolve() in seen:
+        base = record.get(policy) if isinstance(policy, str) else None
+        if not isinstance(base, str) or not base or Path(base).resolve() in seen:
             break
         folder = Path(base)
         seen.add(folder.resolve())
@@ -265,13 +265,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(str(path), f"no JSON ({error})", "a JSON object") from error
-    if not isinstance(found, dict):
-        raise InputError(str(path), type(found).__name__, "a JSON object")
-    return found
+    return read_object(path)
 
 
 def _write(path: Path, text: str) -> None:

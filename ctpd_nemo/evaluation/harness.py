@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.local_rows import Fields, read_local_rows
+from ctpd_nemo.evaluation.model import LOADING, check_runs_no_code
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,14 @@ def run_harness(
     asked: dict[str, Any] = {name: _task(spec, data) for name, spec in specs.items()}
     from lm_eval.models.huggingface import HFLM
 
+    check_runs_no_code(folder)
     model = HFLM(
         pretrained=str(folder),
         device=device,
         dtype=dtype,
         batch_size=batch_size,
         max_length=max_length,
-        trust_remote_code=False,
+        **LOADING,
     )
     found = {}
     for name, spec in specs.items():

@@ -41,13 +41,14 @@ def _read(path: Path, name: str) -> list[Fields]:
     if not path.is_file():
         raise InputError(str(path), "no such file", f"rows of {name} as JSON Lines")
     rows = []
-    with path.open(encoding="utf-8") as file:
+    # Bytes, so that a line that is no UTF-8 is an error of that line.
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(_FORMS[name](json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                rows.append(_FORMS[name](json.loads(line.decode())))
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
                 raise InputError(f"{path}:{number}", repr(error), f"a row of {name}") from error
     if not rows:
         raise InputError(str(path), "no rows", f"rows of {name}")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 
 # torch and transformers are imported where they are used: they take seconds to load.
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ FloatArray = NDArray[np.float64]
 
 CausalModel = Any
 """What ``AutoModelForCausalLM`` returns; transformers has no one type that can be called and generates."""
+
+
+# Nothing of a folder is run: no code beside the weights, and no weights that are a pickle.
+LOADING = {"trust_remote_code": False, "use_safetensors": True}
 
 
 class Generation(NamedTuple):
@@ -40,8 +45,11 @@ def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalMo
     """
     from transformers import AutoModelForCausalLM
 
+    check_runs_no_code(folder)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, **LOADING
+        )
     except (OSError, ValueError) as error:
         raise InputError(str(folder), f"no model ({error})", "a Hugging Face folder of a causal model") from error
     model, report = loaded
@@ -51,6 +59,18 @@ def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalMo
             names = ", ".join(sorted(map(str, report[key]))[:3])
             raise InputError(str(folder), f"{key.replace('_', ' ')}: {names}", "the weights that config.json describes")
     return model.to(device).eval()
+
+
+def check_runs_no_code(folder: str | Path) -> None:
+    """Refuse what ``trust_remote_code=False`` leaves open: an attention kernel that would come from a repository.
+
+    Raises:
+        InputError: The folder's config names one, or there is no config.
+    """
+    config = Path(folder) / "config.json"
+    for key, value in read_object(config, "the config of a model").items():
+        if key.endswith("_implementation") and "/" in str(value):
+            raise InputError(f"{config}, {key}", repr(value), "an implementation of transformers' own")
 
 
 def pair_logprobs(model: CausalModel, pairs: Sequence[EncodedPair], batch_size: int) -> tuple[FloatArray, FloatArray]:

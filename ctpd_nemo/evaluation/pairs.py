@@ -48,16 +48,11 @@ def read_rows(path: Path, limit: int | None) -> list[Row]:
 
 
 def pair_encoder(folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool) -> PairEncoder:
-    from transformers import AutoTokenizer
-
     from ctpd_nemo.data.encode import PairEncoder
     from ctpd_nemo.data.templates import Side
+    from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(str(folder), f"no tokenizer ({error})", "a Hugging Face folder with a tokenizer") from error
-    return PairEncoder(Side(tokenizer, chat_template), None, include_eos, max_length)
+    return PairEncoder(Side(load_tokenizer(str(folder)), chat_template), None, include_eos, max_length)
 
 
 def encode_rows(

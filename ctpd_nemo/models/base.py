@@ -14,14 +14,14 @@ from nemo.core.classes import ModelPT
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch, StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
-from ctpd_nemo.models.data import RunData, check_vocabulary
+from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.data_wait import DataWait
+from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.forward import (
     OutputReader,
     StepLoss,
@@ -70,11 +70,7 @@ class MegatronModel(ModelPT):
         self.automatic_optimization = False
         self.run = run
         self.run_data = run_data
-        self.architecture = read_architecture(run_data.policy_path)
-        check_vocabulary(run_data.policy, self.architecture.vocab_size, run_data.policy_path)
-        if run.data.max_length > self.architecture.max_position_embeddings:
-            longest = self.architecture.max_position_embeddings
-            raise InputError("data.max_length", str(run.data.max_length), f"at most the model's {longest} positions")
+        self.architecture = check_model(run_data.policy_path, run_data.policy, run)
         self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
         self.last_weights: dict[str, dict[str, int]] = {}

@@ -95,6 +95,8 @@ class RunConfig:
 
         What goes with the data is checked where it is opened.
         """
+        if not self.run_dir or "\0" in self.run_dir:
+            raise InputError("run_dir", repr(self.run_dir), "a folder to write to")
         if not 0 <= self.seed < 2**32:
             raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
         self.parallel.check(world_size)

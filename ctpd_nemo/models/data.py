@@ -4,8 +4,6 @@ import dataclasses
 from functools import cached_property
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.batch import Microbatch, Responses, SideName, SpanScores
 from ctpd_nemo.data.encode import PairEncoder
@@ -16,6 +14,7 @@ from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.data.templates import Side
+from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.data.top_k import TopKSource
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig, SideConfig
@@ -35,23 +34,10 @@ def load_side(config: SideConfig, key: str) -> Side:
     folder = config.tokenizer or config.path
     if folder is None:
         raise InputError(f"{key}.path", "nothing", "a Hugging Face folder")
+    if folder == config.path and (Path(folder) / "config.json").exists():
+        # What is wrong with a model's config is said of it, and not of the tokenizer, whose loader reads it too.
+        read_architecture(folder)
     return Side(load_tokenizer(folder), config.chat_template)
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """A tokenizer from a local folder; no code of the folder is run.
-
-    Raises:
-        InputError: There is none.
-    """
-    if not (Path(folder) / "tokenizer.json").is_file():
-        found = "no tokenizer.json" if Path(folder).is_dir() else "no such folder"
-        raise InputError(folder, found, "a folder with a Hugging Face fast tokenizer (tokenizer.json)")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # parsers of several libraries, each with errors of its own
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(folder, f"a tokenizer that cannot be read ({reason})", "a Hugging Face tokenizer") from error
 
 
 class RunData:
@@ -115,6 +101,15 @@ class RunData:
             if run.data.validation
             else None
         )
+        for reader in filter(None, (self.policy, self.reference)):
+            for dataset in self.datasets().values():
+                reader.check_roles(dataset.role_orders)
+        if run.data.encoded is None:
+            # A tokenizer that cannot be aligned is known before any model is built.
+            self.encoder.prepare()
+        for reader in filter(None, (self.policy, self.reference)):
+            for dataset in self.datasets().values():
+                reader.check_roles(dataset.role_orders)
         self.plan = StepPlan(
             len(self.train),
             run.data.global_batch_size,
@@ -243,18 +238,3 @@ def _pad_to_multiple(run: RunConfig, online: bool) -> int:
     if online:
         raise InputError("parallel.overlap_tensor", "true with teachers beside the student", "scores from a cache")
     return run.data.microbatch_tokens
-
-
-def check_vocabulary(side: Side, vocab_size: int, folder: str) -> None:
-    """Stop where a tokenizer can give an id that the weights have no row for.
-
-    Raises:
-        InputError: It can.
-    """
-    largest = max(side.tokenizer.get_vocab().values())
-    if largest >= vocab_size:
-        raise InputError(
-            folder,
-            f"a tokenizer with ids up to {largest} and weights of {vocab_size} rows",
-            "an embedding with a row for every id",
-        )

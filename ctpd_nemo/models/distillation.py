@@ -27,8 +27,9 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.losses.top_logprobs import top_logprobs
 from ctpd_nemo.models.base import MegatronModel
 from ctpd_nemo.models.config import RunConfig
-from ctpd_nemo.models.data import RunData, check_vocabulary
+from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.dpo import check_reference
+from ctpd_nemo.models.folder import check_vocabulary
 from ctpd_nemo.models.forward import OutputReader, StepLoss, output_weight
 from ctpd_nemo.models.response_states import ResponseStates, response_lengths, response_states
 from ctpd_nemo.models.teacher import FrozenModel

@@ -25,6 +25,7 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.checkpoint_pickles import check_pickles
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
 from ctpd_nemo.parallel.optimizer_state import SHARDING, load_state, sharded_state
 
@@ -157,6 +158,8 @@ def check_is_checkpoint(folder: str | Path) -> None:
     if not _is_checkpoint(folder):
         found = "a folder without metadata.json" if Path(folder).is_dir() else "nothing"
         raise InputError(str(folder), found, "a checkpoint folder written by training")
+    with reading(folder):
+        check_pickles(folder)
 
 
 def _is_checkpoint(folder: str | Path) -> bool:

@@ -32,20 +32,9 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
             nonlocal composed
             composed = True
             quiet.after_imports()
-            from lightning.pytorch.utilities.exceptions import SIGTERMException
+            run(task, config)
 
-            try:
-                task(config)
-            except InputError as error:
-                stop(error)
-            except SIGTERMException:
-                # Lightning's exception would exit with status 0, as if the job were done.
-                sys.exit(128 + signal.SIGTERM)
-            except OSError as error:
-                if error.filename is None:
-                    raise
-                stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
-
+        @functools.wraps(task)
         def main() -> None:
             quiet.before_imports()
             _log_to_terminal()
@@ -64,6 +53,23 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
         return main
 
     return decorate
+
+
+def run(task: Task, config: DictConfig) -> None:
+    """Run a tool's task; end the process where its input is at fault."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    try:
+        task(config)
+    except InputError as error:
+        stop(error)
+    except SIGTERMException:
+        # Lightning's exception would exit with status 0, as if the job were done.
+        sys.exit(128 + signal.SIGTERM)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
 
 
 def stop(error: InputError) -> None:

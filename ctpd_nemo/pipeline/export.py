@@ -1,6 +1,5 @@
 """From a checkpoint to a Hugging Face folder."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import base_model, write_card
+from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
@@ -58,14 +58,29 @@ def export(config: ExportConfig) -> Path:
 def _record(checkpoint: Path, reference: str) -> dict[str, Any]:
     """What the card says of a run: the config beside its checkpoints, where it is, and the fingerprints in this one."""
     path = checkpoint.resolve().parent.parent / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    policy = config.get("policy", "student")
+    config = read_object(path, "the config of a run") if path.is_file() else {}
+    policy = _text_at(config, path, "policy") or "student"
     bases = {policy: str(base_model(reference))}
-    method = METHODS.get(config.get("method", {}).get("name"))
-    teacher = config.get("model", {}).get("teacher", {}).get("path")
+    method = METHODS.get(_text_at(config, path, "method", "name") or "")
+    teacher = _text_at(config, path, "model", "teacher", "path")
     if method is not None and method.two_sided and teacher:
         bases["teacher"] = str(base_model(teacher))
     return {"config": config, "fingerprints": read_state(checkpoint).fingerprints, "policy": policy, **bases}
+
+
+def _text_at(config: dict[str, Any], path: Path, *keys: str) -> str | None:
+    """The string that a config holds under keys, one below the other; ``None`` where there is nothing."""
+    place = f"{path}, {'.'.join(keys)}"
+    value: Any = config
+    for key in keys:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise InputError(place, repr(value), "keys and their values, as a job writes them")
+        value = value.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(place, repr(value), "a string, as a job writes it")
+    return value
 
 
 def _given(config: ExportConfig, key: str) -> str:

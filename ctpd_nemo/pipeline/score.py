@@ -19,9 +19,9 @@ from ctpd_nemo.data.loader import StepDataset, StepLoader
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
-from ctpd_nemo.models.data import RunData, check_vocabulary
+from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.forward import sum_over_data_parallel
-from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
 from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
@@ -55,10 +55,7 @@ def score(run: RunConfig) -> Path:
     cache, folders = Path(str(method.cache)), method.folders()
     data = RunData(run, ("chosen", "rejected"), two_sided=method.two_sided(run.policy))
     for role, folder in folders.items():
-        side = data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference
-        architecture = read_architecture(folder)
-        check_sizes(architecture, run.parallel, run.precision)
-        check_vocabulary(side, architecture.vocab_size, folder)
+        check_model(folder, data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
     prints, weights = score_fingerprints(data, run.precision.name), weights_fingerprints(folders)
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)

@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
+from ctpd_nemo.pipeline.score_tables import check_tables
 
 FINGERPRINTS = (
     "data",
@@ -189,12 +191,13 @@ class ScoreReader:
             self._tables[role] = self._read_role(role, manifests[place]["shards"])
         self.fingerprint = _digest([manifests[self.folder]["fingerprints"], digests])
         self._rows = {role: _rows_by_id(table) for role, table in self._tables.items()}
+        check_tables(self._folders, self._tables, self._rows)
 
     def _read_role(self, role: str, n_shards: int) -> pa.Table:
         tables, folder = [], self._folders[role]
         for shard in range(n_shards):
             path = _shard_path(folder, role, shard)
-            if not path.exists():
+            if not path.is_file():
                 raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
@@ -267,16 +270,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / _MANIFEST
     if not path.is_file():
         raise InputError(str(folder), f"no {_MANIFEST}", "a span score cache, written by tools/score.py")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest.get("format")
-    except (ValueError, AttributeError) as error:
-        raise InputError(str(path), f"no JSON object ({error})", "the manifest of a score cache") from error
-    if found != _FORMAT:
-        raise InputError(str(path), f"format {found!r}", f"format {_FORMAT}")
+    manifest = read_object(path, "the manifest of a score cache")
+    if manifest.get("format") != _FORMAT:
+        raise InputError(str(path), f"format {manifest.get('format')!r}", f"format {_FORMAT}")
     for field, kind in _FIELDS.items():
-        if not isinstance(manifest.get(field), kind):
-            raise InputError(f"{path}, {field}", repr(manifest.get(field)), f"a value of type {kind.__name__}")
+        value = manifest.get(field)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise InputError(f"{path}, {field}", repr(value), f"a value of type {kind.__name__}")
+    pairs, per_shard = manifest["pairs"], manifest["pairs_per_shard"]
+    if pairs < 1 or per_shard < 1 or manifest["shards"] != -(-pairs // per_shard):
+        found = f"{manifest['shards']} shards of {per_shard} for {pairs} pairs"
+        raise InputError(str(path), found, "numbers that belong together")
+    for role in manifest["teacher_weights"]:
+        if not role.isidentifier():
+            raise InputError(f"{path}, teacher_weights", repr(role), "roles, which are parts of file names")
     return manifest
 
 

@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.fingerprint import weights_fingerprint
-from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
-from ctpd_nemo.models.data import batching_of, check_vocabulary, load_side
+from ctpd_nemo.models.data import batching_of, load_side
 from ctpd_nemo.models.distillation import DistillationConfig
+from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
@@ -130,9 +130,7 @@ def _check(config: DictConfig) -> None:
         _check_sizes(config, stage, run)
         side, key = run.policy_side(), f"model.{run.policy}"
         if f"{key}.path" not in stage.inputs and side.path is not None:
-            architecture = read_architecture(side.path)
-            SafetensorsFolder(side.path, architecture)
-            check_vocabulary(load_side(side, key), architecture.vocab_size, side.path)
+            check_model(side.path, load_side(side, key), run)
 
 
 def _check_sizes(config: DictConfig, stage: Stage, run: RunConfig) -> None:

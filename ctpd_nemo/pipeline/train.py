@@ -8,12 +8,11 @@ from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.distillation import DistillationConfig
-from ctpd_nemo.models.gpt import check_sizes
+from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
@@ -51,8 +50,9 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     beside = method.two_sided and reference == "online" and (weighted is None or "reference" in weighted.sides())
     data = RunData(run, method.responses, method.two_sided, online=beside)
     folders = _starting_weights(run, data)
-    for path in folders.values():
-        check_sizes(read_architecture(path), run.parallel, run.precision)
+    for role, path in folders.items():
+        reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
+        check_model(path, data.encoder.policy if reads_as_policy else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
     use_encoded(data)
     if reference == "cache" and isinstance(run.method, DistillationConfig):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.templates import tokenizer_fingerprint
+from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
-from ctpd_nemo.models.data import load_tokenizer
 from ctpd_nemo.report.bands import TextView, kinds_of, text_view
 from ctpd_nemo.report.letters import readable, without_surrogates
 from ctpd_nemo.report.mismatch import Mismatch, mismatch_table

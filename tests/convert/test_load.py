@@ -228,7 +228,7 @@ def _truncate(folder: Path) -> str:
 
 def _break_index(folder: Path) -> str:
     (folder / INDEX).write_text('{"weight_map": []}')
-    return f"{INDEX}: found no readable weight_map"
+    return f"{INDEX}: found weight_map = []"
 
 
 def _no_weights(folder: Path) -> str:

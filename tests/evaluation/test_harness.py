@@ -107,7 +107,7 @@ def test_the_tool_writes_the_evaluation_and_says_what_is_wrong(world: TinyWorld,
     (folder / "evaluation.json").write_text("[]")
     status, _, stderr = run_tool("evaluate.py", arguments, tmp_path)
     assert status == 2
-    assert "evaluation.json: found list; expected a JSON object" in stderr
+    assert "evaluation.json: found a JSON list; expected a JSON object" in stderr
 
 
 @pytest.mark.parametrize("name", sorted(MADE))

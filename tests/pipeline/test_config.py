@@ -250,7 +250,8 @@ def test_a_value_that_points_nowhere_is_named() -> None:
 @pytest.mark.parametrize("method", [None, {}, {"name": "ppo"}, "sft", {"name": ["sft"]}])
 def test_an_unknown_method_is_answered_with_those_there_are(method: Any) -> None:
     error = error_of(OmegaConf.create({"method": method}))
-    assert (error.place, error.expected) == ("method.name", "one of sft, dpo, tis_dpo, ctpd, uld, dskd, multilevel_ot, score")
+    expected = "one of sft, dpo, tis_dpo, ctpd, uld, dskd, multilevel_ot, score"
+    assert (error.place, error.expected) == ("method.name", expected)
 
 
 @pytest.mark.parametrize(

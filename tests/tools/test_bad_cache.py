@@ -65,9 +65,10 @@ def test_a_cache_of_another_tokenizer_is_refused(
     world: TinyWorld, cache: Path, tmp_path: Path, run_dir: Path, side: str
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(getattr(world, side))
-    tokenizer.add_tokens(["<one more>"])
-    tokenizer.save_pretrained(tmp_path / "grown")
-    model = {side: {"tokenizer": str(tmp_path / "grown")}}
+    # One of its tokens is matched as a whole from now on; there are no more of them than the weights have rows.
+    tokenizer.add_tokens([tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)])
+    tokenizer.save_pretrained(tmp_path / "other")
+    model = {side: {"tokenizer": str(tmp_path / "other")}}
     config = values(world, run_dir, method={"name": "ctpd", "scores": str(cache)}, model=model)
     assert refused(train, config, run_dir).place == f"{cache}/manifest.json, {side}_tokenizer"
 

@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from ctpd_nemo.data.preferences import open_preferences
+from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.data import load_tokenizer
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
@@ -74,10 +74,9 @@ def cut(path: Path, share: float) -> None:
     [
         lambda folder: half(folder / "data-00000-of-00001.arrow"),
         lambda folder: (folder / "data-00000-of-00001.arrow").unlink(),
-        lambda folder: (folder / "state.json").write_text("{"),
         lambda folder: (folder / "dataset_info.json").unlink(),
     ],
-    ids=["half", "no rows", "state", "info"],
+    ids=["half", "no rows", "info"],
 )
 def test_a_damaged_datasets_folder_is_named(tmp_path: Path, damage: Edit) -> None:
     rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}]

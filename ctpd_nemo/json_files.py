@@ -1,0 +1,39 @@
+"""JSON that others wrote: manifests, indexes, configs of models and runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctpd_nemo.errors import InputError
+
+# The index of a model of 100,000 tensors has some ten million bytes.
+_LARGEST = 256 * 1024 * 1024
+
+
+def read_object(path: str | Path, expected: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        path: The file.
+        expected: What it should hold, for errors.
+
+    Raises:
+        InputError: It cannot be read, holds no JSON or JSON of another type, or is larger than any such file.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise InputError(str(path), "no such file" if not path.exists() else "no regular file", expected)
+        if path.stat().st_size > _LARGEST:
+            raise InputError(str(path), f"{path.stat().st_size:,} bytes", f"{expected}, of {_LARGEST:,} bytes at most")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(str(path), f"a file that cannot be read ({error.strerror})", expected) from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        # Beyond the grammar: a number of thousands of digits, lists nested without end.
+        raise InputError(str(path), f"no JSON ({error})", expected) from error
+    if not isinstance(found, dict):
+        raise InputError(str(path), f"a JSON {type(found).__name__}", expected)
+    return found
