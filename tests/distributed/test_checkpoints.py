@@ -65,7 +65,10 @@ def test_weights_are_equal_bit_for_bit_after_load(source: str, target: str, resu
 @pytest.mark.parametrize(("source", "target"), ELSEWHERE)
 def test_a_checkpoint_goes_on_in_another_layout(source: str, target: str, resume: Path) -> None:
     whole, elsewhere = read(resume / "one-whole"), read(resume / target)
-    assert metric_distance(_steps(elsewhere), _steps(whole)) < 1e-5
+    steps, expected = _steps(elsewhere), _steps(whole)
+    # Counts of weights by size: one that rounds to the other side of an edge is counted there.
+    assert [row.pop("weights", None) is None for row in steps] == [row.pop("weights", None) is None for row in expected]
+    assert metric_distance(steps, expected) < 1e-5
     # Weights after more steps of AdamW: its moments were carried over, too.
     assert distance(*(exported(resume / name / "export") for name in (target, "one-whole"))) < 1e-5
 

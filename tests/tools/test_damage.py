@@ -264,7 +264,7 @@ def test_an_export_never_replaces_the_folder_one_stands_in(
         ("stages.ctpd=1", "stages.ctpd"),
         ("stages=null", "stages"),
         ("+stages.score.parallel.tensor=2", "parallel"),
-        ("model.student.path=nowhere", "nowhere"),
+        ("model.student.path=nowhere", "stage sft_student, nowhere"),
     ],
 )
 def test_the_recipe_finds_what_is_wrong_with_its_last_stage_before_the_first(
