@@ -10,8 +10,9 @@ import pytest
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
+from ctpd_nemo.pipeline.recipe import STAGES
 from ctpd_nemo.pipeline.score import score
-from ctpd_nemo.pipeline.stages import STAGES, StageResult, run_pipeline, stage_config
+from ctpd_nemo.pipeline.stages import StageResult, run_pipeline, stage_config
 from ctpd_nemo.pipeline.train import train
 from tests.hostile.case import Scene
 from tests.hostile.watch import watched
@@ -76,7 +77,7 @@ def test_a_stage_cannot_be_told_to_write_elsewhere(scene: Scene, tmp_path: Path)
     elsewhere = ["+stages.score.run_dir='../evil'", "+stages.score.method.cache='../evil'"]
     config = composed("pipeline", [*recipe(scene.world, tmp_path / "run"), *elsewhere])
     stage = next(stage for stage in STAGES if stage.name == "score")
-    results = {name: StageResult(tmp_path, 0.0, skipped=True) for name in stage.inputs.values()}
+    results = {name: StageResult(tmp_path, 0.0, skipped=True) for name in stage.builds_on(config).values()}
     run = stage_config(config, stage, results)
     assert run.run_dir == str(tmp_path / "run" / "score")
     assert run.method.cache == str(tmp_path / "run" / "score" / "cache")
