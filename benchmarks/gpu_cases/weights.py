@@ -8,7 +8,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from ctpd_nemo.convert.architecture import Architecture
-from ctpd_nemo.models import base, teacher
+from ctpd_nemo.models import base, folder, teacher
 
 
 @contextmanager
@@ -17,6 +17,8 @@ def drawn_weights() -> Iterator[None]:
     with ExitStack() as stack:
         for module in (base, teacher):
             stack.enter_context(mock.patch.object(module, "load_hf_weights", _draw))
+        # There are no files whose headers could be looked at.
+        stack.enter_context(mock.patch.object(folder, "SafetensorsFolder"))
         yield
 
 

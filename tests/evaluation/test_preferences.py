@@ -260,7 +260,7 @@ def test_pairs_that_do_not_fit_either_model_are_counted(world: TinyWorld, studen
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda world, path: {"folder": path / "nothing"}, "nothing: found no tokenizer"),
+        (lambda world, path: {"folder": path / "nothing"}, "nothing: found no such folder"),
         (lambda world, path: {"pairs_file": path / "no.jsonl"}, "no such file or folder"),
         (lambda world, path: {"limit": 0}, "limit: found 0; expected 1 or more"),
         (

@@ -66,7 +66,8 @@ def test_a_cache_of_another_tokenizer_is_refused(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(getattr(world, side))
     # One of its tokens is matched as a whole from now on; there are no more of them than the weights have rows.
-    tokenizer.add_tokens([tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)])
+    added = set(tokenizer.get_added_vocab().values())
+    tokenizer.add_tokens([tokenizer.convert_ids_to_tokens(max(set(tokenizer.get_vocab().values()) - added))])
     tokenizer.save_pretrained(tmp_path / "other")
     model = {side: {"tokenizer": str(tmp_path / "other")}}
     config = values(world, run_dir, method={"name": "ctpd", "scores": str(cache)}, model=model)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -216,11 +217,13 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
         pytest.skip("newer releases of Megatron-Core keep their common state among the shards")
     cut(newest / name, 0.1)
     config = composed("train", [*sft(world, folder), "trainer.checkpoint_every=1", "trainer.max_steps=2"])
-    with pytest.raises(InputError, match="a checkpoint that cannot be read") as error:
+    # Shards are looked at before anything reads them, and named.
+    place = newest / name if name.endswith(".distcp") else newest
+    with pytest.raises(InputError) as error:
         train(run_config(config))
-    assert error.value.place == str(newest)
+    assert error.value.place == str(place)
     if name != "common.pt":  # an export needs no more than tensors
-        with pytest.raises(InputError, match="a checkpoint that cannot be read"):
+        with pytest.raises(InputError, match=re.escape(str(newest))):
             export(ExportConfig(str(newest), str(world.student), str(tmp_path / "exported")))
         assert not (tmp_path / "exported").exists()
     shutil.rmtree(newest)
