@@ -68,12 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
         label_N.masked_fill_(~mine_N, 0.0)
 
         local_max_N = max_N
-        if group is not None and group.size() > 1:
-            max_N = max_N.clone()
-            dist.all_reduce(max_N, dist.ReduceOp.MAX, group)
-            sums_2N = torch.stack([sum_N * (local_max_N - max_N).exp(), label_N])
-            dist.all_reduce(sums_2N, group=group)
-            sum_N, label_N = sums_2N.unbind()
+        max_N, sum_N, label_N = over_shares(max_N, sum_N, label_N, group)
         lse_N = sum_N.log().add_(max_N)
         if any(ctx.needs_input_grad):
             # The buffer is nobody's input or output: saved as it is, it holds the last chunk's exponentials.
@@ -139,6 +134,29 @@ def add_product(total_VH: Tensor, probs_CV: Tensor, scaled_CH: Tensor) -> None:
         torch.addmm(total_VH, probs_CV.t(), scaled_CH, out_dtype=torch.float32, out=total_VH)
     else:
         total_VH += torch.mm(probs_CV.t(), scaled_CH)
+
+
+def over_shares(
+    max_N: Tensor, sum_N: Tensor, label_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the shares of a vocabulary make together; equal on every rank of the group.
+
+    Args:
+        max_N: The largest logit of each token in this rank's share, fp32 ``[N]``; left as it is.
+        sum_N: The sum of ``exp(logit - max)`` in the share.
+        label_N: The label's logit, 0 where it is in another rank's share.
+        group: The tensor-parallel group, ``None`` for one process.
+
+    Returns:
+        The same three of the whole vocabulary.
+    """
+    if group is None or group.size() == 1:
+        return max_N, sum_N, label_N
+    whole_N = max_N.clone()
+    dist.all_reduce(whole_N, dist.ReduceOp.MAX, group)
+    sums_2N = torch.stack([sum_N * (max_N - whole_N).exp(), label_N])
+    dist.all_reduce(sums_2N, group=group)
+    return whole_N, sums_2N[0], sums_2N[1]
 
 
 def token_logprobs(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ctpd_nemo.losses.logprobs import LogitProduct, logit_buffer, real_rows, token_chunks
+from ctpd_nemo.losses.logprobs import LogitProduct, logit_buffer, over_shares, real_rows, token_chunks
 
 
 @torch.no_grad()
@@ -43,11 +43,6 @@ def label_and_best_other(
         torch.amax(chunk, 1, out=other_N[part])
         torch.sum(chunk.sub_(other_N[part, None]).exp_(), 1, out=sum_N[part])
     label_N.masked_fill_(~mine_N, 0.0)
-    if group is not None and group.size() > 1:
-        local_N, other_N = other_N, other_N.clone()
-        dist.all_reduce(other_N, dist.ReduceOp.MAX, group)
-        sums_2N = torch.stack([sum_N * (local_N - other_N).exp(), label_N])
-        dist.all_reduce(sums_2N, group=group)
-        sum_N, label_N = sums_2N.unbind()
+    other_N, sum_N, label_N = over_shares(other_N, sum_N, label_N, group)
     lse_N = torch.logaddexp(sum_N.log().add_(other_N), label_N)
     return label_N - lse_N, other_N - lse_N

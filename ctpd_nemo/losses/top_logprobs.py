@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctpd_nemo.losses.logprobs import LogitProduct, add_product, logit_buffer, real_rows, token_chunks
+from ctpd_nemo.losses.logprobs import LogitProduct, add_product, logit_buffer, over_shares, real_rows, token_chunks
 
 
 class TopLogprobs(NamedTuple):
@@ -59,12 +59,8 @@ class _TopLogprobs(torch.autograd.Function):
             torch.sum(chunk.sub_(max_N[part, None]).exp_(), 1, out=sum_N[part])
         label_N.masked_fill_(~mine_N, 0.0)
         ids_NK += first
+        max_N, sum_N, label_N = over_shares(max_N, sum_N, label_N, group)
         if group is not None and group.size() > 1:
-            local_max_N, max_N = max_N, max_N.clone()
-            dist.all_reduce(max_N, dist.ReduceOp.MAX, group)
-            sums_2N = torch.stack([sum_N * (local_max_N - max_N).exp(), label_N])
-            dist.all_reduce(sums_2N, group=group)
-            sum_N, label_N = sums_2N.unbind()
             top_NK, at_NK = gather_columns(top_NK, group).topk(k)
             ids_NK = gather_columns(ids_NK, group).gather(1, at_NK)
         lse_N = sum_N.log().add_(max_N)

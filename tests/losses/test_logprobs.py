@@ -1,15 +1,14 @@
 """Token log-probs against ``log_softmax`` of the whole logits in fp64: values, and both gradients."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ctpd_nemo.losses import logprobs
 from ctpd_nemo.losses.logprobs import token_logprobs
+from tests.losses.ranks import SHARED, SHARED_IDS, run_ranks, shared_cases
 
 VOCAB, HIDDEN, TOKENS = 37, 12, 23
 
@@ -153,43 +152,23 @@ def test_gradients_are_the_derivatives_of_the_value() -> None:
         assert slope == pytest.approx(float((gradient * direction).sum()), abs=2e-3)
 
 
-# Ranks and rows of each: one row of padding at the end of the second; a third rank that holds padding only.
-SHARED = ((2, 19), (3, 19))
-
-
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    logprobs.CHUNK_LOGITS["cpu"] = 5 * 19
-    for world, rows in SHARED:
-        group = dist.new_group(list(range(world)))
-        if rank < world:
-            hidden, weight, labels, grad = case(rows=rows * world)
-            hidden.requires_grad_()
-            share = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
-            value = token_logprobs(hidden, share, labels, VOCAB, group)
-            value.backward(grad)
-            torch.save((value.detach(), hidden.grad, share.grad), f"{folder}/{world}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for world, rows, group in shared_cases(rank, folder):
+        hidden, weight, labels, grad = case(rows=rows * world)
+        hidden.requires_grad_()
+        share = weight[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+        value = token_logprobs(hidden, share, labels, VOCAB, group)
+        value.backward(grad)
+        torch.save((value.detach(), hidden.grad, share.grad), f"{folder}/{world}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def over_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each of three processes computes; they start once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, str(folder)), daemon=True) for rank in range(3)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0, 0]
-    return folder
+    return run_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize(("world", "rows"), SHARED, ids=["two ranks", "three ranks, one of padding only"])
+@pytest.mark.parametrize(("world", "rows"), SHARED, ids=SHARED_IDS)
 def test_vocabulary_parallel_log_probs_are_those_of_the_whole(world: int, rows: int, over_ranks: Path) -> None:
     ranks = [torch.load(over_ranks / f"{world}-{rank}.pt") for rank in range(world)]
     values, hidden_grads, weight_grads = zip(*ranks, strict=True)

@@ -1,16 +1,15 @@
 """The best other token against a brute-force search of the whole vocabulary in fp64, alone and over ranks."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ctpd_nemo.losses import logprobs
 from ctpd_nemo.losses.logprobs import token_logprobs
 from ctpd_nemo.losses.margins import label_and_best_other
+from tests.losses.ranks import SHARED, SHARED_IDS, run_ranks, shared_cases
 
 VOCAB, HIDDEN, TOKENS = 37, 12, 61
 
@@ -67,40 +66,20 @@ def test_no_tokens_have_no_margins() -> None:
     assert [len(part) for part in label_and_best_other(hidden[:0], weight, labels[:0], VOCAB)] == [0, 0]
 
 
-# Ranks and rows of each: one row of padding at the end of the second; a third rank that holds padding only.
-SHARED = ((2, 19), (3, 19))
-
-
 def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-    logprobs.CHUNK_LOGITS["cpu"] = 5 * 19
-    for world, rows in SHARED:
-        group = dist.new_group(list(range(world)))
-        if rank < world:
-            hidden, weight, labels = case(rows=rows * world)
-            share = weight[rank * rows : (rank + 1) * rows]
-            torch.save(label_and_best_other(hidden, share, labels, VOCAB, group), f"{folder}/{world}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    for world, rows, group in shared_cases(rank, folder):
+        hidden, weight, labels = case(rows=rows * world)
+        share = weight[rank * rows : (rank + 1) * rows]
+        torch.save(label_and_best_other(hidden, share, labels, VOCAB, group), f"{folder}/{world}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
 def over_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what each of three processes computes; they start once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, str(folder)), daemon=True) for rank in range(3)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0, 0]
-    return folder
+    return run_ranks(_rank, tmp_path_factory.mktemp("ranks"))
 
 
-@pytest.mark.parametrize(("world", "rows"), SHARED, ids=["two ranks", "three ranks, one of padding only"])
+@pytest.mark.parametrize(("world", "rows"), SHARED, ids=SHARED_IDS)
 def test_over_ranks_they_are_those_of_the_whole_vocabulary(world: int, rows: int, over_ranks: Path) -> None:
     expected = brute_force(*case(rows=rows * world))
     for rank in range(world):

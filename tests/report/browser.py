@@ -47,6 +47,8 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", {"features": [scheme]})
         self._call("Emulation.setScriptExecutionDisabled", {"value": not scripts})
+        # Where an earlier page left it, it may rest on a span of this one and open the panel.
+        self._call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": 0, "y": 0})
         self.complaints.clear()
         self.requests.clear()
         self._loaded = False

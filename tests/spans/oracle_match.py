@@ -19,3 +19,14 @@ def assert_every_ordered_pair_matches(texts: list[str], hands: dict) -> None:
         assert len(found) == len(texts)
         for text, spans, one, other in zip(texts, found, sides[teacher], sides[student], strict=True):
             assert as_lists(spans) == list(oracle.aligned(text, one, other)), (teacher, student, text[:200])
+
+
+def assert_covers(text: str, spans) -> None:
+    """Bytes in order, each in one span, and every token in a span."""
+    assert spans.bounds[0] == 0
+    assert spans.bounds[-1] == len(text.encode())
+    assert (spans.bounds[1:] > spans.bounds[:-1]).all()
+    for ids, span in ((spans.teacher_ids, spans.teacher_span), (spans.student_ids, spans.student_span)):
+        assert len(ids) == len(span)
+        assert (span[1:] >= span[:-1]).all()
+        assert len(ids) == 0 or set(span.tolist()) == set(range(spans.n_spans))

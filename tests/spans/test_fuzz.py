@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ctpd_nemo.spans import align_batch
 from tests.fuzz import fuzz
-from tests.spans.oracle_match import assert_every_ordered_pair_matches
+from tests.spans.oracle_match import assert_covers, assert_every_ordered_pair_matches
 from tests.spans.test_real_tokenizers import ATOMS
 
 # Strings that tokenizers treat apart, bytes written out, marks that move, and what text files should not hold.
@@ -22,17 +22,6 @@ SETTLED = st.one_of(
     st.sampled_from([*ATOMS, *TOKENS, *ODD]), st.characters(exclude_categories=["Cs", "Cn", "Mn", "Mc", "Co"]), RUNS
 )
 ANY_TEXT, SETTLED_TEXT = (st.lists(part, max_size=25).map("".join) for part in (ANY, SETTLED))
-
-
-def assert_covers(text: str, spans) -> None:
-    """Bytes in order, each in one span, and every token in a span."""
-    assert spans.bounds[0] == 0
-    assert spans.bounds[-1] == len(text.encode())
-    assert (spans.bounds[1:] > spans.bounds[:-1]).all()
-    for ids, span in ((spans.teacher_ids, spans.teacher_span), (spans.student_ids, spans.student_span)):
-        assert len(ids) == len(span)
-        assert (span[1:] >= span[:-1]).all()
-        assert len(ids) == 0 or set(span.tolist()) == set(range(spans.n_spans))
 
 
 @fuzz(25)

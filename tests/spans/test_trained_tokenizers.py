@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from ctpd_nemo.spans import align, align_batch, token_byte_ends
 from tests.spans import oracle
 from tests.spans.conftest import KNOWN, Hand, prefixed_letters
-from tests.spans.oracle_match import assert_every_ordered_pair_matches
+from tests.spans.oracle_match import assert_covers, assert_every_ordered_pair_matches
 
 TEXTS = st.lists(st.sampled_from([*KNOWN, "  ", "\n\n", "🦙🦙", "ﬁ ﬁ", "한한", "ab"]), max_size=30).map("".join)
 
@@ -58,13 +58,7 @@ def test_any_text_is_covered_in_order_by_every_pair(trained, texts):
     """Unknown characters, noncharacters, controls: the shape of the result holds even where the oracle cannot read."""
     for teacher, student in itertools.product(trained.values(), repeat=2):
         for text, spans in zip(texts, align_batch(texts, teacher.tokenizer, student.tokenizer), strict=True):
-            assert spans.bounds[0] == 0
-            assert spans.bounds[-1] == len(text.encode())
-            assert (spans.bounds[1:] > spans.bounds[:-1]).all()
-            for ids, span in ((spans.teacher_ids, spans.teacher_span), (spans.student_ids, spans.student_span)):
-                assert len(ids) == len(span)
-                assert (span[1:] >= span[:-1]).all()
-                assert len(ids) == 0 or set(span.tolist()) == set(range(spans.n_spans))
+            assert_covers(text, spans)
 
 
 def test_a_dummy_prefix_that_is_unknown_itself_closes_with_what_follows():
