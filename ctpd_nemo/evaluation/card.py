@@ -25,6 +25,8 @@ BEGIN, END = "<!-- ctpd_nemo: begin -->", "<!-- ctpd_nemo: end -->"
 RECORD = "ctpd_nemo.json"
 EVALUATION = "evaluation.json"
 _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
+# Of ``huggingface_hub``: models--OWNER--NAME/snapshots/COMMIT.
+_CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?\Z")
 _FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
 
@@ -103,10 +105,10 @@ def _metadata(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any
         )
         for row in evaluation_rows(evaluation)
     ]
-    bases = [Path(str(record[side])).name for side in ("student", "teacher") if record.get(side)]
+    bases = [repository(str(record[side])) for side in ("student", "teacher") if record.get(side)]
     method = _method(record)
     data = ModelCardData(
-        base_model=[_repository(base) for base in bases] or None,
+        base_model=bases or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         license="other",
@@ -124,9 +126,14 @@ def _method(record: Mapping[str, Any]) -> str:
     return str(method.get("name", "unknown"))
 
 
-def _repository(name: str) -> str:
-    """A name that can stand in ``base_model``: letters, digits, ``-``, ``_`` and ``.``."""
-    return _plain(name).strip("-.") or "unnamed"
+def repository(folder: str) -> str:
+    """What a model is called on the Hub: ``owner/name`` where its folder is in a cache of the Hub, else its own name.
+
+    It can stand in ``base_model``: letters, digits, ``-``, ``_`` and ``.``, and one slash.
+    """
+    cached = _CACHED.search(folder)
+    parts = cached.group(1).split("--", 1) if cached else [Path(folder).name]
+    return "/".join(_plain(part).strip("-.") or "unnamed" for part in parts)
 
 
 def _plain(text: str) -> str:
@@ -181,7 +188,7 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
         if record.get(side):
             stated = (record.get("licences") or {}).get(side)
             said = f"its folder states {_code(stated)}" if stated else "its folder states none, which must be checked"
-            lines.append(f"- {side} {_code(Path(str(record[side])).name)}: {said}.")
+            lines.append(f"- {side} {_code(repository(str(record[side])))}: {said}.")
     lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
     if config:
         lines += [f"`python tools/train.py` with the values of `config` in `{RECORD}`, beside this card."]

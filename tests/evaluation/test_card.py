@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from ctpd_nemo.evaluation.card import BEGIN, END, base_model, write_card
+from ctpd_nemo.evaluation.card import BEGIN, END, base_model, repository, write_card
 
 HOSTILE = "a: b\n---\n# - [x](javascript:x) `|` <script> <!-- ctpd_nemo: end --> \x07 \u2028 \U0001f642"
 
@@ -92,3 +92,11 @@ def test_the_base_of_a_chain_of_exports_is_its_beginning(tmp_path: Path) -> None
         folder.mkdir()
         write_card(folder, record(tmp_path, student=str(student)))
     assert base_model(second) == tmp_path / "Llama-3.2-1B"
+
+
+def test_a_model_in_a_cache_of_the_hub_is_called_as_it_is_there() -> None:
+    cache = "/home/user/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/a09a35458c7"
+    assert repository(cache) == repository(cache + "/") == "Qwen/Qwen2.5-7B-Instruct"
+    assert repository("models--gpt2/snapshots/607a30d783") == "gpt2"
+    assert repository("/models/Qwen2.5-7B") == "Qwen2.5-7B"
+    assert repository("/models/models--Qwen--Qwen2.5-7B") == "models--Qwen--Qwen2.5-7B"
