@@ -92,8 +92,8 @@ def test_configs_of_what_looks_at_results_are_the_defaults_of_their_classes() ->
 
 def test_every_config_file_is_covered_here() -> None:
     top = {path.stem for path in CONF.glob("*.yaml")}
-    # ``encode`` and ``plan`` take the keys of the pipeline: tests of their own run them.
-    pipelines = {"pipeline", "quickstart", "encode", "plan"}
+    # ``encode``, ``plan`` and ``reproduce`` take the keys of the pipeline: tests of their own run them.
+    pipelines = {"pipeline", "quickstart", "encode", "plan", "reproduce"}
     assert top == {"train", "score", "export", *pipelines, "evaluate", "inspect_spans", "report"}
     assert set(EXPERIMENTS) == set(GPUS)
 
