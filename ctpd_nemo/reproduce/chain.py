@@ -1,6 +1,7 @@
 """A table as jobs of a cluster: the stages that are not done, and the evaluations behind them."""
 
 import math
+import os
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ def _submit(asked: ReproduceConfig, missing: Sequence[ChainJob], common: Sequenc
     for job in missing:
         if job.evaluates:
             after = [f"--dependency=afterok:{numbers[job.name]}"] if job.name in numbers else []
-            options = ["--parsable", f"--export=ALL,CTPD_ROOT={_ROOT}", *after]
+            options = ["--parsable", "--export=ALL", *after]
             script = [str(_ROOT / "docker/slurm/evaluate.sbatch"), *job.command[2:]]
             numbers[f"evaluate {job.name}"] = _call(["sbatch", *options, *script]).split(";")[0].strip()
     return {name: f"Slurm job {number}" for name, number in numbers.items()}
@@ -136,7 +137,9 @@ def _submit(asked: ReproduceConfig, missing: Sequence[ChainJob], common: Sequenc
 
 def _call(command: Sequence[str]) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        # Not by --export, which would cut a path at a comma.
+        environment = {**os.environ, "CTPD_ROOT": str(_ROOT)}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         found = (getattr(error, "stderr", None) or str(error)).strip()
         raise InputError(command[0], found, "Slurm to take the job") from error
