@@ -95,8 +95,8 @@ def _jobs(
         cost = costs.get(name)
         complete = bool(read_json(folder / name / STATUS).get("complete"))
         command = ["torchrun", f"--nproc-per-node={asked.gpus}", "tools/pipeline.py", *common, f"only=[{name}]"]
-        hours = (cost.hours, cost.gpu_hours) if cost else (None, None)
-        jobs.append(ChainJob(name, False, complete, *hours, command))
+        hours, gpu_hours = (cost.hours, cost.gpu_hours) if cost else (None, None)
+        jobs.append(ChainJob(name, False, complete, hours, gpu_hours, command))
     for stage in dict.fromkeys(students):
         tasks = read_json(folder / stage / "export" / EVALUATION).get("tasks") or {}
         complete = set(BENCHMARKS.values()) <= set(tasks)
