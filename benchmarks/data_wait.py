@@ -2,7 +2,7 @@
 
     python benchmarks/data_wait.py                 # two workers; pairs encoded as they are needed, and encoded ahead
 
-Makes the quickstart's tiny world and trains its student for some steps, by the values of ``conf/experiment/tiny.yaml``
+Makes the world of the quickstart and trains its student for some steps, as ``conf/experiment/quickstart.yaml`` says,
 and with two workers. Sides take turns, each run in a process of its own; they are the methods, with pairs encoded on
 the fly and read from an encoded dataset. What is reported is what a run logs of itself in ``metrics.jsonl``: the share
 of step time that was spent waiting for data, from the second step on, and the wait for the first, which holds the start
@@ -73,7 +73,7 @@ def train_once(home: str, job: dict[str, Any]) -> dict[str, float]:
     from ctpd_nemo.pipeline.train import train
 
     quiet.after_imports()
-    tiny = OmegaConf.load(CONF / "experiment" / "tiny.yaml")
+    tiny = OmegaConf.load(CONF / "experiment" / "quickstart.yaml")
     values = {
         "method": {"name": job["method"]},
         "model": {"student": {"path": f"{home}/world/student"}},

@@ -10,7 +10,7 @@ from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.encoded import use_encoded
-from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ def encode(config: DictConfig) -> list[Path]:
     """
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     folders: list[Path] = []
-    for stage in STAGES:
-        if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
+    for stage in find_stages(config):
+        if not (config.only is None or stage.name in config.only):
             continue
         sources = stage.builds_on(config).values()
         before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}

@@ -34,7 +34,7 @@ from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
-from ctpd_nemo.pipeline.recipe import STAGES, Stage, check_roles, check_top_k
+from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
 from ctpd_nemo.pipeline.top_k_cache import top_k_is_whole
@@ -43,7 +43,7 @@ from ctpd_nemo.pipeline.train import train
 logger = logging.getLogger(__name__)
 
 
-_STATUS = "stage.json"
+STATUS = "stage.json"
 # Open files whose locks say that this process is at work in a stage.
 _claims: dict[Path, IO[str]] = {}
 # How the work is cut up changes results by rounding alone: a run may go on with other values of these.
@@ -74,17 +74,10 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     Raises:
         InputError: A value, file or folder cannot be used.
     """
-    known = [stage.name for stage in STAGES]
-    if not isinstance(config.stages, DictConfig):
-        raise InputError("stages", repr(config.stages), "stages and their values")
-    for name in map(str, config.stages):
-        own = config.stages[name]
-        if name not in known:
-            raise InputError(f"stages.{name}", "a stage that is not known", "one of " + ", ".join(known))
-        if own is not None and not isinstance(own, DictConfig):
-            raise InputError(f"stages.{name}", repr(own), "values of the stage, or null")
+    stages = find_stages(config)
+    known = [stage.name for stage in stages]
     for name in config.only or ():
-        if config.stages.get(name) is None:
+        if name not in known:
             raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
     _check(config)
     # What the libraries hold lives as long as the process; Megatron-Core searches it for garbage at every checkpoint.
@@ -94,9 +87,7 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
-    for stage in STAGES:
-        if config.stages.get(stage.name) is None:
-            continue
+    for stage in stages:
         asked_for = config.only is None or stage.name in config.only
         inputs = stage.builds_on(config)
         if not asked_for and not results.keys() >= set(inputs.values()):
@@ -119,8 +110,8 @@ def _check(config: DictConfig) -> None:
     Raises:
         InputError: A value or folder cannot be used.
     """
-    for stage in STAGES:
-        if config.stages.get(stage.name) is None or not (config.only is None or stage.name in config.only):
+    for stage in find_stages(config):
+        if not (config.only is None or stage.name in config.only):
             continue
         sources = (name for name in stage.builds_on(config).values() if config.stages.get(name) is not None)
         inputs = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
@@ -161,9 +152,9 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
             makes scores that it needs.
     """
     values: Any = OmegaConf.to_container(config, resolve=True)
-    del values["only"]
-    own = values.pop("stages")[stage.name]
-    merged = OmegaConf.merge(values, own, {"policy": stage.policy})
+    for name in ("only", "stages"):
+        del values[name]
+    merged = OmegaConf.merge(values, stage_values(config, stage), {"policy": stage.policy})
     assert isinstance(merged, DictConfig)
     merged.run_dir = str(Path(config.run_dir) / stage.name)
     for key, source in stage.builds_on(config).items():
@@ -250,7 +241,7 @@ def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
-    path = folder / _STATUS
+    path = folder / STATUS
     if not path.exists():
         return {}
     try:
@@ -263,9 +254,9 @@ def _read_status(folder: Path) -> dict[str, Any]:
 def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     status = {"fingerprint": fingerprint, "complete": complete, "seconds": seconds}
-    writing = folder / (_STATUS + ".writing")
+    writing = folder / (STATUS + ".writing")
     writing.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-    writing.replace(folder / _STATUS)
+    writing.replace(folder / STATUS)
 
 
 def _fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> str:

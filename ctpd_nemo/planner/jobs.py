@@ -17,7 +17,7 @@ from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
-from ctpd_nemo.pipeline.recipe import STAGES, Stage
+from ctpd_nemo.pipeline.recipe import STAGES, Stage, find_stages, stage_values
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.planner.architecture import NamedArchitecture, find_architecture
 
@@ -153,17 +153,17 @@ def find_jobs(config: DictConfig, attention: str = "fused") -> list[Job]:
         InputError: A value or model cannot be used.
     """
     jobs = []
-    inputs = {stage.name: StageResult(Path(config.run_dir) / stage.name, 0.0, skipped=True) for stage in STAGES}
-    for stage in STAGES:
-        own = config.stages.get(stage.name)
-        if own is not None and (config.only is None or stage.name in config.only):
-            jobs.append(replace(_job(config, own, stage, inputs), attention=attention))
+    stages = find_stages(config)
+    inputs = {stage.name: StageResult(Path(config.run_dir) / stage.name, 0.0, skipped=True) for stage in stages}
+    for stage in stages:
+        if config.only is None or stage.name in config.only:
+            jobs.append(replace(_job(config, stage_values(config, stage), stage, inputs), attention=attention))
     if not jobs:
         raise InputError("stages", "none to plan", "one or more of " + ", ".join(stage.name for stage in STAGES))
     return jobs
 
 
-def _job(config: DictConfig, own: DictConfig, stage: Stage, inputs: Mapping[str, StageResult]) -> Job:
+def _job(config: DictConfig, own: Mapping[str, Any], stage: Stage, inputs: Mapping[str, StageResult]) -> Job:
     run = stage_config(config, stage, inputs)
     run.optim.check()
     run.data.check()

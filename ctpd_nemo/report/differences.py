@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.origin import Origin, read_origin
-from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_folder import Job
 
@@ -56,13 +56,14 @@ def _expected(job: Job, origin: Origin) -> dict[str, Any]:
     config.pop("world", None)
     # Folders are the run's own: where it lies is no difference.
     config.run_dir = str(Path(job.config.get("run_dir", job.folder)).parent)
-    stage = next((stage for stage in STAGES if stage.name == job.name), None)
-    if stage is None or config.stages.get(stage.name) is None:
+    stages = find_stages(config)
+    stage = next((stage for stage in stages if stage.name == job.name), None)
+    if stage is None:
         raise InputError(f"stages.{job.name}", "no such stage", "a stage of the recipe")
     sources = stage.builds_on(config).values()
     outputs = {
         source.name: StageResult(Path(config.run_dir) / source.name / source.output, 0.0, skipped=True)
-        for source in STAGES
+        for source in stages
         if source.name in sources
     }
     return asdict(stage_config(config, stage, outputs))

@@ -6,6 +6,8 @@
 #   docker/slurm/submit.sh sft_teacher:8 sft_student:1 dpo_positive,dpo_negative:8 score:2 ctpd:1 -- \
 #       experiment=qwen2.5-72b_to_llama3.1-8b run_dir=runs/72b trainer.checkpoint_every=100
 #
+# A stage with a hyphen is a variant, ctpd-random of ctpd (ctpd_nemo/pipeline/recipe.py).
+#
 # A job waits for the jobs that make what its stages build on, and begins when they have succeeded; others run side by
 # side. What no job here makes must be complete in run_dir.
 #
@@ -39,6 +41,16 @@ declare -A builds_on=(
     [multilevel_ot]="sft_student sft_teacher score"
     [ctpd]="sft_student sft_teacher score score_student"
 )
+# Of a variant too; as its values may name variants of what it builds on, it waits for all of those before it.
+sources_of() { # stage, the stages of the chain
+    local base
+    for base in ${builds_on[${1%%-*}]}; do
+        local other
+        for other in "${@:2}"; do
+            [[ ${other%%-*} != "$base" ]] || echo "$other"
+        done
+    done
+}
 known="sft_teacher, sft_student, dpo_positive, dpo_negative, dpo_student_positive, dpo_student_negative, score,"
 readonly known+=" score_student, dpo_student, tis_dpo, uld, dskd, multilevel_ot or ctpd"
 
@@ -51,20 +63,21 @@ done
 shift || true # the --, where there is one
 
 # Everything is looked at before anything is submitted.
+readonly name='[a-z_]+(-[a-z0-9_]+)?'
 declare -A stands=() # stage -> place of its job on the command line, from 1
 for index in "${!jobs[@]}"; do
     job=${jobs[index]}
-    [[ $job =~ ^[a-z_]+(,[a-z_]+)*:[1-9][0-9]*$ ]] || refuse "$job" "no such form" "STAGE[,STAGE ...]:NODES"
+    [[ $job =~ ^$name(,$name)*:[1-9][0-9]*$ ]] || refuse "$job" "no such form" "STAGE[,STAGE ...]:NODES"
     IFS=, read -ra stages <<<"${job%:*}"
     for stage in "${stages[@]}"; do
-        [[ -v builds_on[$stage] ]] || refuse "$job" "stage '$stage'" "$known"
+        [[ -v builds_on[${stage%%-*}] ]] || refuse "$job" "stage '$stage'" "$known"
         [[ ! -v stands[$stage] ]] || refuse "$job" "$stage a second time" "each stage once"
         stands[$stage]=$((index + 1))
     done
 done
 for stage in "${!stands[@]}"; do
-    for source in ${builds_on[$stage]}; do
-        if [[ -v stands[$source] ]] && ((stands[$source] > stands[$stage])); then
+    for source in $(sources_of "$stage" "${!stands[@]}"); do
+        if ((stands[$source] > stands[$stage])) && [[ $source != *-* ]]; then
             refuse "$stage" "before $source" "the stages in the order they build on each other"
         fi
     done
@@ -77,8 +90,8 @@ for job in "${jobs[@]}"; do
     IFS=, read -ra stages <<<"${job%:*}"
     waits=()
     for stage in "${stages[@]}"; do
-        for source in ${builds_on[$stage]}; do
-            if [[ -v made_by[$source] && " ${waits[*]} " != *" ${made_by[$source]} "* ]]; then
+        for source in $(sources_of "$stage" "${!made_by[@]}"); do
+            if [[ " ${waits[*]} " != *" ${made_by[$source]} "* ]]; then
                 waits+=("${made_by[$source]}")
             fi
         done

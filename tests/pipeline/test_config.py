@@ -17,16 +17,19 @@ from ctpd_nemo.models.sft import SFTConfig
 from ctpd_nemo.models.tis_dpo import TISDPOConfig
 from ctpd_nemo.pipeline.config import run_config, typed
 from ctpd_nemo.pipeline.export import ExportConfig
-from ctpd_nemo.pipeline.recipe import STAGES
+from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_page import RunPageConfig
 from ctpd_nemo.report.spans_page import SpansPageConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-OF_THE_PAPER = [name for name in EXPERIMENTS if name != "tiny"]
+OF_THE_PAPER = [name for name in EXPERIMENTS if name not in ("tiny", "quickstart")]
 # World sizes that the experiments say they are for.
-GPUS = {"qwen2.5-72b_to_llama3.1-8b": 64, "qwen2.5-14b_to_llama3.1-8b": 8, "qwen2.5-7b_to_llama3.2-1b": 8, "tiny": 1}
+GPUS = {
+    **{"qwen2.5-72b_to_llama3.1-8b": 64, "qwen2.5-14b_to_llama3.1-8b": 8, "qwen2.5-7b_to_llama3.2-1b": 8},
+    **{"paper_qwen2.5-14b_to_llama3.1-8b": 8, "paper_qwen2.5-7b_to_llama3.2-1b": 8, "tiny": 1, "quickstart": 1},
+}
 
 
 def composed(name: str, *overrides: str) -> DictConfig:
@@ -41,8 +44,8 @@ def train_config(*overrides: str) -> RunConfig:
 def stage_configs(*overrides: str) -> dict[str, RunConfig]:
     """The typed config of every stage of the recipe, as if the stages before it were done."""
     config = composed("pipeline", *overrides)
-    done = {stage.name: StageResult(Path("done") / stage.name, 0.0, skipped=True) for stage in STAGES}
-    present = [stage for stage in STAGES if config.stages.get(stage.name) is not None]
+    present = find_stages(config)
+    done = {stage.name: StageResult(Path("done") / stage.name, 0.0, skipped=True) for stage in present}
     return {stage.name: stage_config(config, stage, done) for stage in present}
 
 
@@ -89,8 +92,8 @@ def test_configs_of_what_looks_at_results_are_the_defaults_of_their_classes() ->
 
 def test_every_config_file_is_covered_here() -> None:
     top = {path.stem for path in CONF.glob("*.yaml")}
-    # ``encode`` and ``plan`` take the keys of the pipeline: tests of their own run them.
-    pipelines = {"pipeline", "quickstart", "encode", "plan"}
+    # ``encode``, ``plan`` and ``reproduce`` take the keys of the pipeline: tests of their own run them.
+    pipelines = {"pipeline", "quickstart", "encode", "plan", "reproduce"}
     assert top == {"train", "score", "export", *pipelines, "evaluate", "inspect_spans", "report"}
     assert set(EXPERIMENTS) == set(GPUS)
 
@@ -106,8 +109,8 @@ def test_every_experiment_gives_every_stage_a_config_that_is_valid(experiment: s
             run.method.check()
 
 
-def test_the_quickstart_is_the_pipeline_with_the_tiny_experiment() -> None:
-    quickstart, pipeline = composed("quickstart"), composed("pipeline", "experiment=tiny")
+def test_the_quickstart_is_the_pipeline_with_an_experiment_of_its_own() -> None:
+    quickstart, pipeline = composed("quickstart"), composed("pipeline", "experiment=quickstart")
     assert set(quickstart.world) == {"n_train", "n_test"}
     for key in set(pipeline) - {"run_dir"}:
         assert quickstart[key] == pipeline[key]
@@ -118,9 +121,12 @@ def test_the_quickstart_is_the_pipeline_with_the_tiny_experiment() -> None:
 def test_stages_have_the_papers_hyperparameters(experiment: str | None) -> None:
     """Section 4.1: rates, betas, weights, batch, schedule, warm-up, epochs and seed."""
     stages = stage_configs(*([f"experiment={experiment}"] if experiment else []))
-    rates = {name: run.optim.lr for name, run in stages.items() if name != "score"}
-    sft, dpo, ctpd = 4e-6, 2e-6, 1e-6
-    assert rates == {**{"sft_teacher": sft, "sft_student": sft, "dpo_positive": dpo, "dpo_negative": dpo, "ctpd": ctpd}}
+    rates = {name: run.optim.lr for name, run in stages.items() if not name.startswith("score")}
+    # Of a contrastive pair, whoever's it is, and of whatever trains the student after SFT.
+    of_stage = {"sft_teacher": 4e-6, "sft_student": 4e-6, "dpo_positive": 2e-6, "dpo_negative": 2e-6}
+    of_stage |= {"dpo_student_positive": 2e-6, "dpo_student_negative": 2e-6}
+    assert rates == {name: of_stage.get(name, 1e-6) for name in rates}
+    assert {"sft_teacher", "sft_student", "dpo_positive", "dpo_negative", "ctpd"} <= rates.keys()
     assert stages["dpo_positive"].method == DPOConfig(beta=0.3)
     assert stages["dpo_negative"].method == DPOConfig(beta=0.3, reverse=True)
     weights = {"weight_scale": 1.0, "weight_lower": -0.5, "weight_upper": 1.5, "weights": "contrastive_teacher"}

@@ -218,7 +218,7 @@ def test_how_the_work_is_cut_up_is_no_reason_to_do_it_again(finished: Finished, 
 def test_a_world_in_another_place_is_the_same_world(finished: Finished, tmp_path: Path) -> None:
     finished.copy(tmp_path / "run")
     moved = Path(shutil.copytree(finished.world.train.parent, tmp_path / "moved"))
-    world = TinyWorld(moved / "teacher", moved / "student", moved / "train.jsonl", moved / "test.jsonl")
+    world = TinyWorld(*(moved / name for name in ("teacher", "student", "train.jsonl", "sft.jsonl", "test.jsonl")))
     assert done_again(run(recipe(world, tmp_path / "run"))) == []
 
 
@@ -249,7 +249,7 @@ def test_one_more_pair_repeats_the_stages_that_read_the_file(finished: Finished,
 def test_other_weights_or_another_tokenizer_repeat_what_was_made_from_them(finished: Finished, tmp_path: Path) -> None:
     finished.copy(tmp_path / "run")
     moved = Path(shutil.copytree(finished.world.train.parent, tmp_path / "moved"))
-    world = TinyWorld(moved / "teacher", moved / "student", moved / "train.jsonl", moved / "test.jsonl")
+    world = TinyWorld(*(moved / name for name in ("teacher", "student", "train.jsonl", "sft.jsonl", "test.jsonl")))
     template = moved / "student" / "chat_template.jinja"
     template.write_text(template.read_text().replace("assistant", "helper"))
     overrides = [*recipe(world, tmp_path / "run"), "only=[sft_teacher,sft_student]"]

@@ -1,5 +1,6 @@
 """The generated world: its questions, pairs, tokenizers, models and folder."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -156,6 +157,16 @@ def test_flipping_exchanges_responses_and_nothing_else() -> None:
         assert after == before
 
 
+def test_sft_may_read_what_is_rejected_of_the_same_pairs(tmp_path: Path) -> None:
+    mixed = build_tiny_world(tmp_path / "mixed", **SMALL | {"n_train": 400}, mixed=0.4, kinds=["copy", "parity"])
+    train, sft = ([json.loads(line) for line in path.read_text().splitlines()] for path in (mixed.train, mixed.sft))
+    assert all(answer_of(text(row, "chosen")) == row["answer"] for row in train)
+    assert {row["kind"] for row in train} == {"copy", "parity"}
+    exchanged = [after["chosen"] == before["rejected"] for before, after in zip(train, sft, strict=True)]
+    assert abs(np.mean(exchanged) - 0.4) < 4 * (0.4 * 0.6 / 400) ** 0.5
+    assert [row["prompt"] for row in sft] == [row["prompt"] for row in train]
+
+
 def test_rows_are_read_as_preference_pairs(world: TinyWorld) -> None:
     rows = generate_pairs("train", SMALL["n_train"], seed=3)
     pairs = open_preferences(world.train)
@@ -287,7 +298,7 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").read_text() == "ten years of work"
 
 
-@pytest.mark.parametrize(("name", "value"), [("n_train", 0), ("n_test", -1), ("flip", 1.5)])
+@pytest.mark.parametrize(("name", "value"), [("n_train", 0), ("n_test", -1), ("flip", 1.5), ("mixed", -0.5)])
 def test_arguments_out_of_range_are_named(name: str, value: float, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{name}: found {value}"):
         build_tiny_world(tmp_path / "world", **SMALL | {name: value})

@@ -11,7 +11,7 @@ from ctpd_nemo.planner.plan import plan
 from tests.pipeline.tool import run_tool
 from tests.planner.conftest import CONF, LARGE, SMALL, composed
 
-OF_THE_PAPER = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem != "tiny")
+OF_THE_PAPER = sorted(path.stem for path in (CONF / "experiment").glob("qwen*.yaml"))
 GPUS = {"qwen2.5-72b_to_llama3.1-8b": 64}
 
 

@@ -122,7 +122,7 @@ def test_a_run_that_is_done_does_not_fail_over_its_page(tmp_path: Path, caplog: 
 def pipeline(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of three steps a stage, as the tool runs it, with a value changed on the command line."""
     folder = tmp_path_factory.mktemp("pipeline")
-    values = [*recipe(world, folder / "run"), "experiment=tiny", "seed=5"]
+    values = [*recipe(world, folder / "run"), "experiment=quickstart", "seed=5"]
     trained = ("sft_teacher", "sft_student", "dpo_positive", "dpo_negative", "dpo_student", "ctpd")
     values += [f"++stages.{name}.trainer.max_steps=3" for name in trained]
     status, _, stderr = run_tool("pipeline.py", values, folder)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize, student_config, teacher_config, write_model
 from ctpd_nemo.pipeline.tiny_world.pairs import generate_pairs
+from ctpd_nemo.pipeline.tiny_world.tasks import KINDS
 from ctpd_nemo.pipeline.tiny_world.tokenizers import train_bpe, train_unigram
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,14 @@ class TinyWorld:
         teacher: Hugging Face folder of the untrained teacher, Qwen2-shaped.
         student: Hugging Face folder of the untrained student, Llama-shaped, with another tokenizer.
         train: JSON Lines of training pairs.
+        sft: The same pairs as SFT reads them: with ``mixed``, some of what is called chosen is the rejected response.
         test: JSON Lines of held-out pairs.
     """
 
     teacher: Path
     student: Path
     train: Path
+    sft: Path
     test: Path
 
 
@@ -50,6 +53,8 @@ def build_tiny_world(
     n_train: int = 4000,
     n_test: int = 300,
     flip: float = 0.0,
+    mixed: float = 0.0,
+    kinds: Sequence[str] = tuple(KINDS),
     teacher: ModelSize = TEACHER,
     student: ModelSize = STUDENT,
 ) -> TinyWorld:
@@ -65,35 +70,43 @@ def build_tiny_world(
         n_train: Training pairs.
         n_test: Test pairs; about 1,700 different ones exist.
         flip: Share of training pairs whose chosen and rejected are exchanged; test pairs are never flipped.
+        mixed: Share of the pairs whose rejected response is what SFT learns. Models that have learnt right answers
+            alone tell them from others before any preference is learnt; a web's worth of text has both.
+        kinds: Kinds of questions, of ``tasks.KINDS``.
         teacher: Size of the teacher.
         student: Size of the student.
 
     Raises:
-        InputError: The folder holds something else; a number of pairs is out of range; ``flip`` is not in [0, 1].
+        InputError: The folder holds something else; a number of pairs is out of range; a share is not in [0, 1].
     """
     folder = Path(folder)
     for name, count in (("n_train", n_train), ("n_test", n_test)):
         if count < 1:
             raise InputError(name, str(count), "1 or more")
-    if not 0 <= flip <= 1:
-        raise InputError("flip", str(flip), "a share between 0 and 1")
+    for name, share in (("flip", flip), ("mixed", mixed)):
+        if not 0 <= share <= 1:
+            raise InputError(name, str(share), "a share between 0 and 1")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise InputError("kinds", ", ".join(kinds) or "none", "some of " + ", ".join(KINDS))
     arguments = {
-        **{"seed": seed, "n_train": n_train, "n_test": n_test, "flip": flip},
+        **{"seed": seed, "n_train": n_train, "n_test": n_test, "flip": flip, "mixed": mixed, "kinds": [*kinds]},
         **{"teacher": asdict(teacher), "student": asdict(student)},
     }
     manifest = {"arguments": arguments, "versions": _versions()}
-    world = TinyWorld(folder / "teacher", folder / "student", folder / "train.jsonl", folder / "test.jsonl")
+    names = ("teacher", "student", "train.jsonl", "sft.jsonl", "test.jsonl")
+    world = TinyWorld(*(folder / name for name in names))
     found = _read_manifest(folder)
     if found == manifest:
         logger.info("%s: the tiny world is there already", folder)
         return world
 
-    train, test = generate_pairs("train", n_train, seed, flip), generate_pairs("test", n_test, seed)
+    train, sft = (generate_pairs("train", n_train, seed, share, kinds) for share in (flip, mixed))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _write_rows(partial / world.train.name, train)
-    _write_rows(partial / world.test.name, test)
+    _write_rows(partial / world.sft.name, sft)
+    _write_rows(partial / world.test.name, generate_pairs("test", n_test, seed, kinds=kinds))
     texts = _tokenizer_texts(train)
     bpe, unigram = train_bpe(texts), train_unigram(texts)
     write_model(partial / world.teacher.name, teacher_config(teacher, bpe), bpe, seed)

@@ -5,7 +5,7 @@ prompt can still ask a fact of training in other words; the rules (copy, sort, c
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any, Literal
 
@@ -41,7 +41,9 @@ def answer_of(response: str) -> str | None:
     return parts[1] if len(parts) == 3 else None
 
 
-def generate_pairs(split: Split, n_pairs: int, seed: int, flip: float = 0.0) -> list[dict[str, Any]]:
+def generate_pairs(
+    split: Split, n_pairs: int, seed: int, flip: float = 0.0, kinds: Sequence[str] = tuple(KINDS)
+) -> list[dict[str, Any]]:
     """Rows of preference pairs in TRL's conversational form, kinds in turn.
 
     Args:
@@ -50,6 +52,7 @@ def generate_pairs(split: Split, n_pairs: int, seed: int, flip: float = 0.0) -> 
         seed: The same arguments give the same rows, on every machine.
         flip: Share of pairs whose chosen and rejected are exchanged. Only that differs from the rows of ``flip=0``;
             ``fault`` and ``answer`` still speak of the pair as it was.
+        kinds: Which kinds of questions are asked.
 
     Returns:
         Rows with ``id``, ``kind`` (a key of ``KINDS``), ``fault`` of the rejected response ("wrong" or "evasive"),
@@ -59,15 +62,16 @@ def generate_pairs(split: Split, n_pairs: int, seed: int, flip: float = 0.0) -> 
         InputError: More test pairs than there are test prompts of each kind.
     """
     rng, flip_rng = Random(f"{seed}/{split}"), Random(f"{seed}/{split}/flip")
-    prompts = _prompts(split, rng)
+    prompts = _prompts(split, rng, kinds)
     return [_row(f"{split}-{index:05d}", *next(prompts), rng, flip_rng.random() < flip) for index in range(n_pairs)]
 
 
-def _prompts(split: Split, rng: Random) -> Iterator[tuple[str, str, Task]]:
+def _prompts(split: Split, rng: Random, kinds: Sequence[str]) -> Iterator[tuple[str, str, Task]]:
     """Kind, prompt and task, without end."""
     seen: set[str] = set()
     while True:
-        for kind, draw in KINDS.items():
+        for kind in kinds:
+            draw = KINDS[kind]
             for _ in range(1000):
                 task = draw(rng)
                 prompt = rng.choice(_OPENINGS) + task.question

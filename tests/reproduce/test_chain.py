@@ -1,0 +1,90 @@
+"""A table as jobs of a cluster: which, at what cost, in which order, and what Slurm is told."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctpd_nemo.planner.plan import plan
+from ctpd_nemo.reproduce.config import read_table
+from ctpd_nemo.reproduce.job import reproduce
+from tests.docker.stubs import Stubs
+from tests.pipeline.recipe import composed
+
+EXPERIMENT = "paper_qwen2.5-7b_to_llama3.2-1b"
+DISTILLATION = {"uld", "dskd", "multilevel_ot"}
+
+
+def jobs(run_dir: Path, table: int, *overrides: str) -> list[dict[str, object]]:
+    config = composed("reproduce", [f"experiment={EXPERIMENT}", f"table={table}", f"run_dir={run_dir}", *overrides])
+    reproduce(config, EXPERIMENT, ["table=1", "data.num_workers=7", "experiment=x", "run_dir=y", *overrides])
+    found: list[dict[str, object]] = json.loads((run_dir / f"table-{table}.json").read_text())["jobs"]
+    return found
+
+
+def test_jobs_cost_what_the_planner_says(tmp_path: Path) -> None:
+    found = {str(job["name"]): job for job in jobs(tmp_path, 1) if not job["evaluates"]}
+    without = [f"stages.{name}=null" for name in DISTILLATION]
+    planned = plan(composed("plan", [f"experiment={EXPERIMENT}", "gpus=8", *without])).values["stages"]
+    costs = {stage["stage"]: stage["gpu_hours"] for stage in planned}
+    assert {name for name, job in found.items() if job["gpu_hours"] is None} == DISTILLATION
+    for name in found.keys() - DISTILLATION:
+        assert found[name]["gpu_hours"] == pytest.approx(costs[name]), name
+    assert {"dpo_student", "tis_dpo", "ctpd"} <= found.keys()
+
+
+def test_commands_are_those_of_the_pipeline_and_of_evaluate(tmp_path: Path) -> None:
+    found = jobs(tmp_path, 3, "seeds=[5]")
+    (stage,) = [job for job in found if job["name"] == "ctpd-student_reference" and not job["evaluates"]]
+    assert stage["command"] == [
+        *("torchrun", "--nproc-per-node=8", "tools/pipeline.py", f"experiment={EXPERIMENT}", "data.num_workers=7"),
+        *(f"run_dir={tmp_path}/seed-5", "seed=5", "only=[ctpd-student_reference]"),
+    ]
+    (evaluation,) = [job for job in found if job["name"] == "ctpd" and job["evaluates"]]
+    assert evaluation["command"] == [
+        *("python", "tools/evaluate.py", f"folder={tmp_path}/seed-5/ctpd/export", "device=cuda")
+    ]
+
+
+def test_what_is_done_is_not_asked_for_again_and_stands_in_the_table(tmp_path: Path) -> None:
+    folder = tmp_path / "seed-0" / "ctpd"
+    (folder / "export").mkdir(parents=True)
+    (folder / "stage.json").write_text(json.dumps({"fingerprint": "", "complete": True, "seconds": 1.0}))
+    task = {"metric": "acc", "value": 0.5, "standard_error": 0.01, "n": 10}
+    names = ("hellaswag", "arc_challenge", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+    (folder / "export" / "evaluation.json").write_text(json.dumps({"tasks": dict.fromkeys(names, task)}))
+    done = {(job["name"], job["evaluates"]) for job in jobs(tmp_path, 1) if job["done"]}
+    assert done == {("ctpd", False), ("ctpd", True)}
+    (row,) = [line for line in (tmp_path / "table-1.md").read_text().splitlines() if line.startswith("| CTPD |")]
+    assert row.startswith("| CTPD | 50.00 ± 1.00 (67.30 ± 0.46) |")
+    assert row.endswith("| 50.00 (43.26) |")
+
+
+def test_slurm_gets_stages_and_evaluations_behind_them(
+    stubs: Stubs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stubs.add("sbatch", 'echo $((1000 + $(grep -c "^sbatch" "$CALLS")))')
+    for name, value in stubs.environment.items():
+        monkeypatch.setenv(name, value)
+    found = jobs(tmp_path / "run", 3, "launch=slurm", "gpus=16")
+    calls = stubs.calls()
+    assert len(calls) == len(found)
+    number = {call[-1].removeprefix("only=[").removesuffix("]"): 1001 + at for at, call in enumerate(calls)}
+    for job, call in zip(found, calls, strict=True):
+        assert job["submitted"] == f"Slurm job {1001 + calls.index(call)}"
+        after = {int(one) for option in call if "afterok" in option for one in option.split(":")[1:]}
+        if job["evaluates"]:
+            assert after == {number[str(job["name"])]}
+            assert call[-1] == "device=cuda"
+        else:
+            assert "--nodes=2" in call
+    call = calls[[job["name"] for job in found].index("ctpd-student_reference")]
+    (waits,) = [option for option in call if option.startswith("--dependency=afterok:")]
+    waited = {int(one) for one in waits.split(":")[1:]}
+    assert waited == {number[name] for name in ("sft_teacher", "sft_student", "score", "score_student")}
+
+
+@pytest.mark.parametrize("experiment", ["paper_qwen2.5-14b_to_llama3.1-8b", EXPERIMENT])
+def test_the_paper_reports_every_row_of_its_first_table(experiment: str) -> None:
+    table = read_table(1)
+    assert table.paper[experiment].keys() == {"Teacher", "Student", *table.rows}

@@ -1,0 +1,99 @@
+"""The arithmetic of a table, by hand, and the paper's figures."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.reproduce.config import TableConfig, known_tables, read_table
+from ctpd_nemo.reproduce.scores import AVERAGE, BENCHMARKS, Cell, benchmark_scores, read_scores, tiny_scores
+from ctpd_nemo.reproduce.tables import as_values, difference_table, paper_cells, score_table
+
+TABLE = TableConfig(2, "Weights", "A", {"A": "ctpd", "B": "ctpd-random"})
+
+
+def write_evaluation(run_dir: Path, seed: int, stage: str, **changed: float) -> None:
+    folder = run_dir / f"seed-{seed}" / stage / "export"
+    folder.mkdir(parents=True)
+    shares = {"answer_accuracy": 0.5, "sampled_answer_accuracy": 0.3, "preference_accuracy_per_token": 0.8}
+    preferences = {**shares, "preference_accuracy_by_fault": {"wrong": 0.6}, "chosen_logprob": -4.0, **changed}
+    (folder / "evaluation.json").write_text(json.dumps({"preferences": preferences}))
+
+
+def test_mean_and_standard_error_are_those_worked_out_by_hand() -> None:
+    cell = Cell.of([1.0, 2.0, 6.0])
+    # Deviations -2, -1, 3: squares 14, over 2 degrees of freedom 7, over 3 seeds 7/3.
+    assert cell.mean == pytest.approx(3.0)
+    assert cell.standard_error == pytest.approx((7 / 3) ** 0.5)
+    assert cell.values == (1.0, 2.0, 6.0)
+    assert Cell.of([5.0]).standard_error is None
+    assert Cell.of([5.0], 0.7).standard_error == 0.7
+
+
+def test_differences_are_taken_seed_by_seed() -> None:
+    """Seeds differ by tens, rows by one or two: what seeds share must not be in the error."""
+    difference = Cell.of([11.0, 32.0, 53.0]).less(Cell.of([10.0, 30.0, 50.0]))
+    assert difference.values == (1.0, 2.0, 3.0)
+    assert difference.mean == pytest.approx(2.0)
+    assert difference.standard_error == pytest.approx((1 / 3) ** 0.5)
+
+
+def test_a_table_of_a_tiny_world_has_every_score_in_its_cell(tmp_path: Path) -> None:
+    for seed, (greedy, loglik) in enumerate([(0.50, -4.0), (0.60, -5.0)]):
+        write_evaluation(tmp_path, seed, "ctpd", answer_accuracy=greedy, chosen_logprob=loglik)
+        write_evaluation(tmp_path, seed, "ctpd-random", answer_accuracy=greedy - 0.1)
+    rows = read_scores(tmp_path, TABLE, [0, 1], tiny_scores)
+    # 50 and 60: mean 55, standard deviation 10 / sqrt 2, error 5. The average of 55, 30, 80 and 60 is 56.25.
+    head, _, first, second = score_table(TABLE, rows, [0, 1], {}).as_markdown().splitlines()[2:]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "Method", "answers, greedy", "answers, T = 1", "preference a token", "wrong answers", "Average", "log p(chosen)"
+    ]  # fmt: skip
+    assert first == ("| A | 55.00 ± 5.00 | 30.00 ± 0.00 | 80.00 ± 0.00 | 60.00 ± 0.00 | 56.25 ± 1.25 | -4.50 ± 0.50 |")
+    assert second.startswith("| B | 45.00 ± 5.00 |")
+    assert difference_table(TABLE, rows).as_markdown().splitlines()[4:] == [
+        "| B | -10.00 ± 0.00 | +0.00 ± 0.00 | +0.00 ± 0.00 | +0.00 ± 0.00 | -2.50 ± 0.00 | +0.50 ± 0.50 |"
+    ]
+    values = as_values(rows, TABLE)
+    assert values["rows"]["A"]["answers, greedy"]["values"] == (50.0, 60.0)
+    assert values["differences"]["B"]["answers, greedy"]["mean"] == pytest.approx(-10.0)
+
+
+def test_an_evaluation_that_is_none_is_named(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, 0, "ctpd")
+    path = tmp_path / "seed-0/ctpd/export/evaluation.json"
+    path.write_text('{"preferences": {}}')
+    with pytest.raises(InputError, match=r"evaluation\.json: found what no evaluation wrote"):
+        read_scores(tmp_path, TABLE, [0], tiny_scores)
+
+
+def test_the_average_waits_for_all_six_benchmarks() -> None:
+    tasks = {name: {"value": 0.1 * (at + 1), "standard_error": 0.01} for at, name in enumerate(BENCHMARKS.values())}
+    scores, errors = benchmark_scores({"tasks": tasks})
+    assert list(scores) == [*BENCHMARKS, AVERAGE]
+    assert scores[AVERAGE] == pytest.approx(35.0)
+    assert errors["ARC"] == pytest.approx(1.0)
+    del tasks["mmlu"]
+    assert AVERAGE not in benchmark_scores({"tasks": tasks})[0]
+
+
+@pytest.mark.parametrize("number", known_tables())
+def test_the_papers_averages_are_those_of_its_scores(number: int) -> None:
+    """A figure that was copied wrong would show: the paper rounds to two digits, and miscounts one row of all."""
+    table = read_table(number)
+    assert table.against in table.rows
+    for rows in table.paper.values():
+        for name, values in rows.items():
+            *cells, average = paper_cells(values).values()
+            mean = fmean(cell.mean for cell in cells)
+            assert mean == pytest.approx(67.467 if average.mean == 67.42 else average.mean, abs=0.011), name
+
+
+def test_the_papers_figures_stand_beside_ours_in_brackets() -> None:
+    table = read_table(3)
+    paper = table.paper["paper_qwen2.5-14b_to_llama3.1-8b"]
+    ours = {"Origin": {"ARC": Cell.of([60.0], 1.4)}, "Using student": {}}
+    text = score_table(table, ours, [0], paper).as_markdown()
+    assert "60.00 ± 1.40 (63.92)" in text
+    assert "- (59.76)" in text
