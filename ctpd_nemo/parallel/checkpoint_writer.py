@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.parallel import checkpoint_files as files
 from ctpd_nemo.parallel.agreement import first_reason
+from ctpd_nemo.parallel.children import end_with_parent
 from ctpd_nemo.parallel.optimizer_state import SHARDING
 
 logger = logging.getLogger(__name__)
@@ -141,11 +142,14 @@ def _request(state: dict[str, Any], writing: Path, in_background: bool) -> async
     assert request is not None
     if request.async_fn is None:
         return request
-    return request._replace(async_fn=functools.partial(_write, request.async_fn, writing))
+    return request._replace(async_fn=functools.partial(_write, request.async_fn, writing, in_background))
 
 
-def _write(write: Callable[..., None], writing: Path, rank: int, *args: Any) -> None:
+def _write(write: Callable[..., None], writing: Path, in_fork: bool, rank: int, *args: Any) -> None:
     """Write this rank's files, and their sums while they are still in memory."""
+    if in_fork:
+        # It holds the rank's connections: others would not see that a rank was killed whose fork lives on.
+        end_with_parent()
     try:
         write(rank, *args)
         files.write_sums(writing, rank)

@@ -66,7 +66,8 @@ def at(point: str, nth: int = 1, rank: int = 0, number: int = signal.SIGKILL) ->
 
 def killed(job: Job, fault: dict[str, Any], account: Account) -> bool:
     """Run a job into a fault; whether it came to it."""
-    statuses, _ = job.run(fault)
+    statuses, seconds = job.run(fault)
+    assert seconds < BOUND, f"ranks went on waiting for one that was killed: {fault}"
     if -signal.SIGKILL not in statuses:
         assert not any(statuses), f"{statuses}\n{job.logs()}"
         return False
