@@ -1,6 +1,7 @@
 """What every trained model shares: building, weights, steps, metrics, and Lightning's hooks."""
 
 import dataclasses
+import logging
 import math
 import time
 from abc import abstractmethod
@@ -36,6 +37,8 @@ from ctpd_nemo.parallel.layout import local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, build_optimizer, wrap_data_parallel
 from ctpd_nemo.parallel.userbuffers import prepare_userbuffers
 
+logger = logging.getLogger(__name__)
+
 # Values of a method's config that name a folder.
 _FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
 
@@ -55,6 +58,7 @@ class MegatronModel(ModelPT):
         last_stats: What went into that step, and what was left out of it.
         last_validation: Of the last pass over the held-out pairs.
         data_wait: How long steps have waited for their data.
+        failed_checkpoints: How many could not be written since this process began.
     """
 
     metric_names: ClassVar[tuple[str, ...]]
@@ -77,6 +81,7 @@ class MegatronModel(ModelPT):
         self.last_stats = StepStats()
         self.data_wait = DataWait()
         self.last_validation: dict[str, float] = {}
+        self.failed_checkpoints = 0
         self._validation: list[StepLoss] = []
         self._validation_stats = StepStats()
 
@@ -175,18 +180,26 @@ class MegatronModel(ModelPT):
         }
 
     def check_fingerprints(self, saved: dict[str, str]) -> None:
-        """Stop where a checkpoint was trained on something else.
+        """Stop where a checkpoint was trained on something else that ``resume.allow`` does not name.
 
         Raises:
-            InputError: Names the first thing that differs.
+            InputError: Names the first thing that differs, or a name in ``resume.allow`` that is none.
         """
-        for name, value in self.fingerprints().items():
-            if saved.get(name) != value:
-                raise InputError(
-                    f"{self.run.run_dir}, resume, {name}",
-                    str(value),
-                    f"what the checkpoint was trained on: {saved.get(name)}",
-                )
+        fingerprints, allowed = self.fingerprints(), self.run.resume.allow
+        groups = {name: name.rpartition("_")[2] for name in fingerprints}
+        for name in allowed:
+            if name not in (*groups, *groups.values()):
+                known = ", ".join(dict.fromkeys((*groups, *groups.values())))
+                raise InputError("resume.allow", repr(name), f"names of what may differ: {known}")
+        for name, value in fingerprints.items():
+            if saved.get(name) == value:
+                continue
+            place, before = f"{self.run.run_dir}, resume, {name}", saved.get(name)
+            if not {name, groups[name]} & set(allowed):
+                raise InputError(place, str(value), f"what the checkpoint was trained on: {before}")
+            logger.warning(
+                "%s: %s, where the checkpoint was trained on %s: allowed by resume.allow", place, value, before
+            )
 
     # Steps
 
@@ -210,6 +223,7 @@ class MegatronModel(ModelPT):
             "grad_norm": optimizer.grad_norm,
             "tokens": float(self.last_stats.tokens),
             **_left_out(self.last_stats),
+            "failed_checkpoints": float(self.failed_checkpoints),
             "step_seconds": seconds,
             "tokens_per_second": self.last_stats.tokens / seconds,
             "data_wait_seconds": self.data_wait.add(batch.wait_seconds, seconds),

@@ -44,7 +44,10 @@ class TrainerConfig:
         max_steps: Stop after this many optimizer steps; ``None`` for all of ``epochs``.
         validate_every: Steps between two passes over the validation pairs; 0 for one at the end.
         checkpoint_every: Steps between two checkpoints; 0 for one at the end.
-        keep_checkpoints: How many of the newest checkpoints stay.
+        keep_last: How many of the newest checkpoints stay.
+        keep_best: How many more stay, of those with the best validation; with it, each validation has a checkpoint.
+        best_by: What is compared: "val_loss", where less is better, or another ``val_`` metric, where more is.
+        async_save: Write checkpoints while training goes on.
         log_every: Steps between two points in TensorBoard; ``metrics.jsonl`` has every step.
         resume: Go on from the newest checkpoint in the run folder, if there is one.
     """
@@ -53,19 +56,35 @@ class TrainerConfig:
     max_steps: int | None = None
     validate_every: int = 0
     checkpoint_every: int = 0
-    keep_checkpoints: int = 2
+    keep_last: int = 2
+    keep_best: int = 0
+    best_by: str = "val_loss"
+    async_save: bool = False
     log_every: int = 10
     resume: bool = True
 
     def check(self) -> None:
         """Stop with an ``InputError`` that names the key of a value that makes no run."""
-        for name, least in (("epochs", 1), ("max_steps", 1), ("validate_every", 0), ("checkpoint_every", 0)):
+        at_least = {"epochs": 1, "max_steps": 1, "keep_last": 1, "log_every": 1}
+        at_least |= {"validate_every": 0, "checkpoint_every": 0, "keep_best": 0}
+        for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"trainer.{name}", str(value), f"{least} or more")
-        for name in ("keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"trainer.{name}", str(getattr(self, name)), "1 or more")
+        if not self.best_by.startswith("val_"):
+            raise InputError("trainer.best_by", repr(self.best_by), "a metric of the held-out pairs, such as val_loss")
+
+
+@dataclass
+class ResumeConfig:
+    """Going on from a checkpoint.
+
+    Attributes:
+        allow: What may differ from what the checkpoint was trained on, by the names that an error gives: "data",
+            "policy_tokenizer", "steps" and so on; "tokenizer", "template" and "weights" are those of all models.
+    """
+
+    allow: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -89,6 +108,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
 
     def check(self, world_size: int) -> None:
         """Stop with an ``InputError`` where a value cannot be used on this machine, or sizes in a ``world_size``.
@@ -103,6 +123,8 @@ class RunConfig:
         self.optim.check()
         self.precision.check()
         self.trainer.check()
+        if self.trainer.keep_best and not self.data.validation:
+            raise InputError("trainer.keep_best", f"{self.trainer.keep_best} without data.validation", "held-out pairs")
         self.precision.check_device()
         check_userbuffers(self.parallel)
 

@@ -1,40 +1,29 @@
 """Distributed checkpoints: Megatron-Core's ``torch_dist`` format, written by any layout and read by any other.
 
-A checkpoint is a folder. It is written under a temporary name and renamed when every rank is done, so a folder with
-the final name is whole.
+What is in them and how it is read; ``checkpoint_writer`` writes them, ``checkpoint_files`` knows which are whole.
 """
 
 import contextlib
 import json
-import os
-import queue
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint as check_files
 from ctpd_nemo.parallel.checkpoint_pickles import check_pickles
+from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
-from ctpd_nemo.parallel.optimizer_state import SHARDING, load_state, sharded_state
-
-_WRITING = ".writing"
-_REPLACED = ".replaced"
-
-# Megatron-Core's writer (0.16.1) hands results over through a queue in a process of its own, which it spawns and which
-# imports everything again. A synchronous save needs no more than a queue in this process.
-filesystem_async._results_queue = queue.Queue()
+from ctpd_nemo.parallel.optimizer_state import load_state, sharded_state
 
 
 @dataclass
@@ -84,7 +73,11 @@ def _rng_object() -> ShardedObject:
 
 
 def save(
-    folder: str | Path, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None, state: TrainState
+    folder: str | Path,
+    chunks: Sequence[MegatronModule],
+    optimizer: LightningOptimizer | None,
+    state: TrainState,
+    writer: CheckpointWriter | None = None,
 ) -> None:
     """Write a checkpoint; every rank of the job calls this together.
 
@@ -93,44 +86,27 @@ def save(
         chunks: Model chunks of this rank.
         optimizer: ``None`` writes weights only.
         state: The rest, equal on every rank.
+        writer: Writes it; by default one that is done when this returns.
+
+    Raises:
+        SaveFailed: It could not be written, on whichever rank.
     """
-    final = Path(folder)
-    writing = final.with_name(final.name + _WRITING)
-    if dist.get_rank() == 0:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            # What the last step updated is gathered by the next forward pass; there may be none.
-            chunk.start_param_sync(force_sync=True)
-    sharded = _model_state(chunks)
-    if optimizer is not None:
-        sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=False)
-        sharded["scheduler"] = optimizer.scheduler.state_dict()
-        sharded["rng"] = _rng_object()
-    # JSON, so that reading it back needs no pickle.
-    sharded["state"] = json.dumps({"trainer": state.trainer, "fingerprints": state.fingerprints})
-    dist_checkpointing.save(sharded, str(writing), content_metadata=SHARDING)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _replace(final, writing)
-    dist.barrier()
 
+    def make_state() -> dict[str, Any]:
+        for chunk in chunks:
+            if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+                # What the last step updated is gathered by the next forward pass; there may be none.
+                chunk.start_param_sync(force_sync=True)
+        sharded = _model_state(chunks)
+        if optimizer is not None:
+            sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=False)
+            sharded["scheduler"] = optimizer.scheduler.state_dict()
+            sharded["rng"] = _rng_object()
+        # JSON, so that reading it back needs no pickle.
+        sharded["state"] = json.dumps({"trainer": state.trainer, "fingerprints": state.fingerprints})
+        return sharded
 
-def _replace(final: Path, writing: Path) -> None:
-    """Give a new checkpoint its name; an old one of that name goes after the new one has it, not before."""
-    replaced = final.with_name(final.name + _REPLACED)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(writing, final)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def remove(folder: str | Path) -> None:
-    """Delete a checkpoint; rank 0 does it."""
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+    (writer or CheckpointWriter()).save(folder, make_state)
 
 
 @contextlib.contextmanager
@@ -147,24 +123,11 @@ def reading(folder: str | Path) -> Iterator[None]:
         raise InputError(str(folder), found, "a whole one; remove it to go on from the one before") from error
 
 
-def find_checkpoints(folder: str | Path) -> list[Path]:
-    """Whole checkpoints in a folder of checkpoints named by step, oldest first."""
-    found = (path for path in Path(folder).glob("step-*") if path.suffix not in (_WRITING, _REPLACED))
-    return sorted(path for path in found if _is_checkpoint(path))
-
-
 def check_is_checkpoint(folder: str | Path) -> None:
-    """Stop with an ``InputError`` where ``folder`` is not a whole checkpoint."""
-    if not _is_checkpoint(folder):
-        found = "a folder without metadata.json" if Path(folder).is_dir() else "nothing"
-        raise InputError(str(folder), found, "a checkpoint folder written by training")
+    """Stop with an ``InputError`` where ``folder`` is no whole checkpoint, or holds pickles that are not to be read."""
+    check_files(folder)
     with reading(folder):
         check_pickles(folder)
-
-
-def _is_checkpoint(folder: str | Path) -> bool:
-    with reading(folder):
-        return bool(dist_checkpointing.check_is_distributed_checkpoint(str(folder)))
 
 
 def read_state(folder: str | Path) -> TrainState:

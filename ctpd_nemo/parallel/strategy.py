@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.transformer import MegatronModule
 
 from ctpd_nemo.parallel import checkpoint as checkpoints
+from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
 
@@ -34,11 +35,12 @@ class MegatronStrategy(DDPStrategy):
     Megatron's optimizer by hand.
     """
 
-    def __init__(self, parallel: ParallelConfig, seed: int, devices: int) -> None:
+    def __init__(self, parallel: ParallelConfig, seed: int, devices: int, async_save: bool = False) -> None:
         """Args:
         parallel: The layout.
         seed: Seeds the random states of every rank.
         devices: Processes of this node.
+        async_save: Write checkpoints while training goes on.
         """
         device = local_device()
         super().__init__(
@@ -49,6 +51,7 @@ class MegatronStrategy(DDPStrategy):
         )
         self.parallel = parallel
         self.seed = seed
+        self.writer = CheckpointWriter(async_save)
 
     def _configure_launcher(self) -> None:
         # The processes are there: torchrun started them, or there is just this one.
@@ -83,12 +86,16 @@ class MegatronStrategy(DDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        """Write a distributed checkpoint folder; ``checkpoint`` is Lightning's state of loops and callbacks."""
+        """Write a distributed checkpoint folder; ``checkpoint`` is Lightning's state of loops and callbacks.
+
+        Raises:
+            SaveFailed: It could not be written.
+        """
         module = self._module()
         trainer_state = {key: checkpoint[key] for key in ("epoch", "global_step", "loops", "callbacks")}
         fingerprints = {"layout": checkpoints.layout_name(), **module.fingerprints()}
         state = checkpoints.TrainState(trainer=trainer_state, fingerprints=fingerprints)
-        checkpoints.save(filepath, module.chunks, self._optimizer(), state)
+        checkpoints.save(filepath, module.chunks, self._optimizer(), state, self.writer)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Read a distributed checkpoint folder into the module and its optimizer; returns Lightning's part."""
@@ -112,10 +119,6 @@ class MegatronStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: ``load_checkpoint`` has filled the optimizer."""
-
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Delete a checkpoint folder."""
-        checkpoints.remove(filepath)
 
     def _module(self) -> MegatronLightningModule:
         assert self.lightning_module is not None

@@ -1,44 +1,26 @@
-"""What happens beside the training loop: checkpoints, the metric log, the report on the data."""
+"""What happens beside the training loop: the metric log, progress, the report on the data."""
 
 import datetime
 import json
 import logging
+import os
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from megatron.core import parallel_state
 
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.checkpoint import find_checkpoints
+from ctpd_nemo.parallel.agreement import any_rank
+from ctpd_nemo.parallel.checkpoint_files import write_whole
+from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-class Checkpointing(Callback):
-    """Writes a checkpoint every so many steps and at the end, and keeps the newest."""
-
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        """Args:
-        folder: Holds ``step-00000100`` and so on.
-        every: Steps between two checkpoints; 0 for the end only.
-        keep: How many stay.
-        """
-        self.folder = folder
-        self.every = every
-        self.keep = keep
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where the step is due."""
-        step = trainer.global_step
-        if step == trainer.max_steps or (self.every and step % self.every == 0):
-            trainer.save_checkpoint(self.folder / f"step-{step:08d}")
-            if trainer.is_global_zero:
-                for old in find_checkpoints(self.folder)[: -self.keep]:
-                    trainer.strategy.remove_checkpoint(old)
 
 
 class ProgressLines(Callback):
@@ -132,10 +114,30 @@ class DataReport(Callback):
         logger.info("%-13s trained on %s; %s", self.title, self.stats, waited)
 
 
+class StopBetweenShards(Callback):
+    """Ends scoring after the shard that a replica is at, when the job was asked to stop."""
+
+    def __init__(self) -> None:
+        self._request = StopRequest()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Begin to listen."""
+        self._request.listen()
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Stop; ranks of one replica come to the same end, and replicas to ends of their own."""
+        replica = (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group())
+        if any_rank(self._request.received, replica):
+            raise Stopped("stopped by SIGTERM between two shards")
+
+
 class MetricLog(Callback):
     """Appends one JSON object a step to a file; rank 0 writes.
 
-    A run that goes on from an earlier step drops the rows of steps it does again.
+    A run that goes on from an earlier step drops the rows of steps it does again. Rows that a full disk has no room for
+    are written when there is some.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,13 +145,13 @@ class MetricLog(Callback):
         path: The JSON-lines file.
         """
         self.path = path
+        self._waiting: list[str] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Cut the log back to the steps that are done."""
+        """Cut the log back to what is done; a step that was validated is validated again."""
         if trainer.is_global_zero and self.path.exists():
-            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = [line for line in rows if json.loads(line)["step"] <= trainer.global_step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            kept = [line for line, row in _whole_rows(self.path) if _stays(row, trainer.global_step)]
+            write_whole(self.path, "".join(line + "\n" for line in kept))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
@@ -163,6 +165,30 @@ class MetricLog(Callback):
         self._append(trainer, {"step": trainer.global_step, **pl_module.last_validation})
 
     def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        self._waiting.append(json.dumps(row) + "\n")
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write("".join(self._waiting))
+        except OSError as error:
+            # What was written of a line would run into the next.
+            os.truncate(self.path, size)
+            logger.warning("%s: %d rows wait to be written: %s", self.path, len(self._waiting), error)
+        else:
+            self._waiting.clear()
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines and what they hold; a process that was killed may leave half a line."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            yield line, json.loads(line)
+        except ValueError:
+            logger.warning("%s: left out, as it is no whole row: %.60s", path, line)
+
+
+def _stays(row: dict[str, Any], step: int) -> bool:
+    """Whether a row is of what was done before ``step`` steps, or of the last of these, and will not be done again."""
+    return row["step"] < step or (row["step"] == step and not any(name.startswith("val_") for name in row))

@@ -13,8 +13,12 @@ from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import quiet
+from ctpd_nemo.pipeline.stopping import Stopped, stop_at_once
 
 Task = Callable[[DictConfig], Any]
+
+# Tools that, started again, go on where they were: nothing is lost where they are asked to stop.
+_GO_ON = ("train", "score", "pipeline", "quickstart")
 
 
 def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
@@ -36,6 +40,7 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
         @functools.wraps(task)
         def main() -> None:
+            stop_at_once(0 if config_name in _GO_ON else 128 + signal.SIGTERM)
             quiet.before_imports()
             _log_to_terminal()
             from nemo.core.config import hydra_runner
@@ -57,15 +62,13 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
 def run(task: Task, config: DictConfig) -> None:
     """Run a tool's task; end the process where its input is at fault."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     try:
         task(config)
     except InputError as error:
         stop(error)
-    except SIGTERMException:
-        # Lightning's exception would exit with status 0, as if the job were done.
-        sys.exit(128 + signal.SIGTERM)
+    except Stopped as stopped:
+        logging.getLogger(__name__).info("%s", stopped.message)
+        raise
     except OSError as error:
         if error.filename is None:
             raise

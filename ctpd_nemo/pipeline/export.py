@@ -13,6 +13,7 @@ from ctpd_nemo.evaluation.card import base_model, write_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import read_state
+from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 
 
@@ -21,7 +22,7 @@ class ExportConfig:
     """What to export.
 
     Attributes:
-        checkpoint: A checkpoint folder, of any layout.
+        checkpoint: A checkpoint folder, of any layout, or ``latest`` beside it.
         reference: The Hugging Face folder that training started from: its config, tokenizer and names are kept.
         folder: To write; must not be in use.
     """
@@ -37,19 +38,21 @@ def export(config: ExportConfig) -> Path:
     One process holds one tensor and one shard of the export at a time; the layout of the checkpoint does not matter.
 
     Raises:
-        InputError: One of the folders is missing or cannot be used.
+        InputError: One of the folders is missing or cannot be used, or a file of the checkpoint is damaged.
     """
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
     # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        record = _record(Path(checkpoint), reference)
+        whole = resolve(checkpoint)
+        check_is_checkpoint(whole, sums=True)
+        record = _record(whole, reference)
         name = Path(folder).resolve().name
 
         def card(partial: Path) -> None:
             write_card(partial, record, name)
 
-        export_hf(folder, reference, CheckpointTensors(checkpoint), finish=card)
+        export_hf(folder, reference, CheckpointTensors(whole), finish=card)
     if dist.is_initialized():
         dist.barrier()
     return Path(folder)

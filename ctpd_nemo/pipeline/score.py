@@ -28,6 +28,7 @@ from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_b
 from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.models.top_k import TopKScoring
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
+from ctpd_nemo.pipeline.callbacks import StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
@@ -73,7 +74,7 @@ def score(run: RunConfig) -> Path:
     todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if missing([role])})
     if not todo:
         logger.info("%s: no shard to score", cache)
-    trainer = build_trainer(run, total_steps=1) if todo else None
+    trainer = build_trainer(run, total_steps=1, callbacks=[StopBetweenShards()]) if todo else None
     for roles in _passes(run, todo):
         assert trainer is not None
         shards = on_rank_0(functools.partial(missing, roles))

@@ -7,8 +7,8 @@ A folder of ``manifest.json`` and Parquet shards, a set of shards for each role 
     positive-00000.parquet      one float a span, in nats
 
 A shard covers a fixed range of pairs. It is written under a temporary name and renamed, so a shard that is there is
-whole, and an interrupted job goes on with the first that is missing. The manifest holds a fingerprint of everything
-the numbers depend on.
+whole, and an interrupted job goes on with the first that is missing. Each has a checksum of what it says. The manifest
+holds a fingerprint of everything the numbers depend on.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
+from ctpd_nemo.parallel.checkpoint_files import flush
+from ctpd_nemo.pipeline.score_sums import has_its_sum, with_sum
 from ctpd_nemo.pipeline.score_tables import check_tables
 
 FINGERPRINTS = (
@@ -135,7 +137,7 @@ class ScoreWriter:
             },
             schema=_SCHEMA,
         )
-        write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(table, path))
+        write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(with_sum(table), path))
 
 
 class ScoreReader:
@@ -201,9 +203,13 @@ class ScoreReader:
                 raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
-            except (pa.ArrowException, OSError) as error:
+                whole = has_its_sum(table, pq.read_schema(path))
+            except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
+            if not whole:
+                found = "other scores than were written (their checksum differs)"
+                raise InputError(str(path), found, "a whole shard; remove it and score again")
             for name in _SCHEMA.names:
                 if table[name].null_count:
                     raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")
@@ -334,6 +340,7 @@ def write_renamed(path: Path, write: Any) -> None:
     writing = path.with_name(path.name + f".writing-{uuid.uuid4().hex[:12]}")
     try:
         write(writing)
+        flush(writing)
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)

@@ -17,9 +17,10 @@ from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import SpanDraws
-from ctpd_nemo.parallel.checkpoint import find_checkpoints
+from ctpd_nemo.parallel.checkpoint_files import find_checkpoints, named_checkpoints
 from ctpd_nemo.parallel.layout import initialize, world_size
-from ctpd_nemo.pipeline.callbacks import Checkpointing, DataReport, MetricLog
+from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog
+from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.origin import write_origin
@@ -64,18 +65,22 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     data.weights = weights_fingerprints(folders)
     folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
-    newest = on_rank_0(lambda: _newest_checkpoint(run, checkpoints))
+    newest = _newest_checkpoint(run, checkpoints)
+    checkpointing = Checkpointing(checkpoints, run.trainer)
     own_callbacks = [
         LambdaCallback(
             on_train_start=lambda trainer, _: _write_config(run, folder) if trainer.is_global_zero else None
         ),
         DataReport(folder.name, ", ".join(run.data.train)),
         MetricLog(folder / "metrics.jsonl"),
-        Checkpointing(checkpoints, run.trainer.checkpoint_every, run.trainer.keep_checkpoints),
+        checkpointing,
     ]
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks])
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
+    if checkpointing.failure is not None:
+        expected = "room for the last checkpoint; started again, training goes on from the one before"
+        raise InputError(str(checkpoints), checkpointing.failure, expected)
     checkpoint = on_rank_0(lambda: find_checkpoints(checkpoints)[-1])
     logger.info("%-13s checkpoint: %s", folder.name, checkpoint)
     return checkpoint
@@ -121,10 +126,9 @@ def _open_top_k(run: RunConfig, data: RunData) -> TopKReader:
 
 def _newest_checkpoint(run: RunConfig, checkpoints: Path) -> Path | None:
     """The checkpoint to go on from, where there is one."""
-    found = find_checkpoints(checkpoints)
-    if found and not run.trainer.resume:
+    if not run.trainer.resume and on_rank_0(lambda: bool(named_checkpoints(checkpoints))):
         raise InputError(str(checkpoints), "checkpoints, with trainer.resume false", "a run folder without checkpoints")
-    return found[-1] if found else None
+    return newest_whole(checkpoints)
 
 
 def _write_config(run: RunConfig, folder: Path) -> None:

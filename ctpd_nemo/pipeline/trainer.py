@@ -28,7 +28,7 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=processes,
         num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
-        strategy=MegatronStrategy(run.parallel, run.seed, processes),
+        strategy=MegatronStrategy(run.parallel, run.seed, processes, run.trainer.async_save),
         max_steps=total_steps,
         max_epochs=-1,
         val_check_interval=run.trainer.validate_every or max(1, total_steps),
@@ -51,6 +51,8 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
             # Distributed checkpoints and their resumption are this project's own.
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
+            # It would leave out the first validation that falls due after going on, whichever step that is.
+            "disable_validation_on_resume": False,
             "log_step_timing": False,
             "seconds_to_sleep": 0,
         },

@@ -2,15 +2,14 @@
 
 import logging
 import multiprocessing
-import os
 import sys
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from ctpd_nemo.parallel.children import end_with_parent
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.reproduce.config import StudentEvaluation, WorldConfig
 
@@ -45,15 +44,8 @@ def run_seeds(
 
 def _begin() -> None:
     quiet.before_imports()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A process that outlived the one that was killed would keep its stages locked."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    # A process that outlived the one that was killed would keep its stages locked.
+    end_with_parent()
 
 
 def _run(values: Any, world: WorldConfig, asked: StudentEvaluation, seed: int, students: list[str]) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from ctpd_nemo.parallel.checkpoint_files import write_manifest
+from ctpd_nemo.pipeline.score_sums import with_sum
 from tests.hostile.case import Case, Scene, Values
 
 Edit = Callable[[Path], object]
@@ -52,7 +54,7 @@ def _removed(name: str) -> Edit:
 
 
 def _table(change: Callable[[pa.Table], pa.Table]) -> Edit:
-    return lambda folder: pq.write_table(change(pq.read_table(folder / SHARD)), folder / SHARD)
+    return lambda folder: pq.write_table(with_sum(change(pq.read_table(folder / SHARD))), folder / SHARD)
 
 
 def _chosen(change: Callable[[list[list[Any]]], Any]) -> Edit:
@@ -296,7 +298,7 @@ CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
     "an empty folder": (
         lambda f: (shutil.rmtree(f), f.mkdir()),
         "step",
-        "without metadata.json",
+        "without manifest.json",
         "a checkpoint folder",
     ),
     "no index": (_removed(".metadata"), "step", DAMAGED, "a whole one"),
@@ -346,6 +348,10 @@ def _export(edit: Edit) -> Callable[[Scene], Values]:
     def make(scene: Scene) -> Values:
         folder = Path(shutil.copytree(scene.checkpoint, scene.folder / scene.checkpoint.name))
         edit(folder)
+        if (folder / "manifest.json").exists():
+            # Whoever means harm gives it a manifest that fits.
+            (folder / "manifest.json").unlink()
+            write_manifest(folder)
         exported = {"reference": str(scene.world.student), "folder": str(scene.folder / "export")}
         return {"checkpoint": str(folder), **exported}
 

@@ -103,7 +103,7 @@ VALUES: list[tuple[str, Any, str, str, str]] = [
     ("trainer.epochs", 0, "trainer.epochs", "0", "1 or more"),
     ("trainer.max_steps", -1, "trainer.max_steps", "-1", "1 or more"),
     ("trainer.checkpoint_every", -1, "trainer.checkpoint_every", "-1", "0 or more"),
-    ("trainer.keep_checkpoints", 0, "trainer.keep_checkpoints", "0", "1 or more"),
+    ("trainer.keep_last", 0, "trainer.keep_last", "0", "1 or more"),
     ("trainer.log_every", 0, "trainer.log_every", "0", "1 or more"),
     ("model.student.path", None, "model.student.path", "nothing", "a Hugging Face folder"),
     ("model.student.path", "nowhere", "nowhere", "no such folder", "a folder with"),

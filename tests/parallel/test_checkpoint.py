@@ -13,6 +13,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.gpt import build_gpt
 from ctpd_nemo.parallel import checkpoint
 from ctpd_nemo.parallel.checkpoint import TrainState
+from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.parallel.optimizer import LightningOptimizer, OptimConfig, build_optimizer, wrap_data_parallel
@@ -148,7 +149,7 @@ def test_a_checkpoint_replaces_one_of_the_same_name_once_it_is_whole(saved: tupl
         run[0][0].module.decoder.final_layernorm.weight.fill_(7.0)
     checkpoint.save(folder, run[0], None, STATE)
     assert not (folder / "left over").exists()
-    assert not folder.with_name(folder.name + ".writing").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", folder.name]
     assert (CheckpointTensors(folder)("decoder.final_layernorm.weight", (16,)) == 7.0).all()
 
 
@@ -158,12 +159,12 @@ def test_checkpoints_are_found_in_order_and_only_whole_ones(saved: tuple[Path, R
         checkpoint.save(folder.with_name(f"step-{number:08d}"), run[0], None, STATE)
     folder.with_name("step-00000011").mkdir()
     folder.with_name("step-00000010").rename(folder.with_name("step-00000010.writing"))
-    found = [path.name for path in checkpoint.find_checkpoints(folder.parent)]
+    found = [path.name for path in find_checkpoints(folder.parent)]
     assert found == ["step-00000001", "step-00000009"]
 
 
 def test_checkpoints_of_a_folder_that_is_not_there_are_none(tmp_path: Path) -> None:
-    assert checkpoint.find_checkpoints(tmp_path / "nothing") == []
+    assert find_checkpoints(tmp_path / "nothing") == []
 
 
 @pytest.mark.parametrize("exists", [True, False])

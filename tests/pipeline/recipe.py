@@ -38,7 +38,7 @@ def recipe(world: TinyWorld, run_dir: Path) -> list[str]:
         # Adam divides by the gradient's size: what is rounding alone would be blown up where a smaller epsilon let it.
         "optim.eps=1e-4",
         "stages.dpo_student={method:{name:dpo,beta:0.1},optim:{lr:5e-4}}",
-        "+stages.ctpd.trainer={checkpoint_every:1,keep_checkpoints:3}",
+        "+stages.ctpd.trainer={checkpoint_every:1,keep_last:3}",
         "+stages.score.method.pairs_per_shard=10",
     ]
 

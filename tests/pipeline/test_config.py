@@ -302,7 +302,7 @@ def test_method_values_that_contradict_each_other_are_named(config: dict[str, An
         ({"precision": {"dtype": "fp8"}}, "precision.dtype"),
         ({"trainer": {"epochs": 0}}, "trainer.epochs"),
         ({"trainer": {"max_steps": -1}}, "trainer.max_steps"),
-        ({"trainer": {"keep_checkpoints": 0}}, "trainer.keep_checkpoints"),
+        ({"trainer": {"keep_last": 0}}, "trainer.keep_last"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

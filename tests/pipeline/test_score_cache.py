@@ -17,6 +17,7 @@ from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighting import WEIGHTINGS
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
+from ctpd_nemo.pipeline.score_sums import with_sum
 
 PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
 WEIGHTS = {role: f"weights of {role}" for role in ("reference", "positive", "negative")}
@@ -311,6 +312,27 @@ def test_a_shard_that_is_cut_short_is_named(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    """Every byte of a shard: those that no reader looks at may be any."""
+    write_all(tmp_path, ("reference",))
+    path, method = tmp_path / "reference-00001.parquet", CTPDConfig(scores="cache", weights="uniform")
+    good = path.read_bytes()
+    expected, found = scores("reference"), 0
+    for at in range(len(good)):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+        try:
+            cache = read(tmp_path, method)
+        except InputError as error:
+            found += path.name in str(error)
+            continue
+        assert len(cache) == N_PAIRS
+        for pair in expected:
+            chosen, rejected, *_ = cache.lookup(pair.pair_id)
+            np.testing.assert_array_equal(chosen, pair.chosen, err_msg=f"byte {at}")
+            np.testing.assert_array_equal(rejected, pair.rejected, err_msg=f"byte {at}")
+    assert found > len(good) / 2
+
+
 def test_a_pair_that_was_not_scored_is_named(tmp_path: Path) -> None:
     write_all(tmp_path)
     with pytest.raises(InputError, match="reference: found no pair 'pair-99'"):
@@ -333,7 +355,7 @@ def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     table = pq.read_table(path)
     chosen = table["chosen"].to_pylist()
     chosen[1][0] = math.nan
-    pq.write_table(table.set_column(1, "chosen", [chosen]).cast(table.schema), path)
+    pq.write_table(with_sum(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
     with pytest.raises(InputError, match="negative, pair 'pair-4', chosen, span 0: found nan"):
         read(tmp_path)
 

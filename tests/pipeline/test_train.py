@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.checkpoint import find_checkpoints
+from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
@@ -90,8 +90,8 @@ def test_a_run_does_not_go_on_from_other_weights(world: TinyWorld, trained: Path
 def test_a_checkpoint_takes_the_place_of_another_of_its_name(world: TinyWorld, trained: Path, tmp_path: Path) -> None:
     again = Path(shutil.copytree(trained, tmp_path / "run"))
     shutil.rmtree(again / "checkpoints")
-    run([*dpo(world, again), "trainer.checkpoint_every=1", "trainer.keep_checkpoints=1"])
-    assert [path.name for path in (again / "checkpoints").iterdir()] == ["step-00000002"]
+    run([*dpo(world, again), "trainer.checkpoint_every=1", "trainer.keep_last=1"])
+    assert sorted(path.name for path in (again / "checkpoints").iterdir()) == ["latest", "step-00000002"]
 
 
 def test_exports_alike_under_torchrun(world: TinyWorld, trained: Path, tmp_path: Path) -> None:

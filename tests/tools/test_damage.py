@@ -1,6 +1,7 @@
 """What is damaged, taken or cut off stops a job with one line, and the same command goes on once that is put right."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.score_sums import with_sum
 from ctpd_nemo.pipeline.stages import run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
@@ -163,7 +165,7 @@ def manifest_without(field: str) -> Edit:
 def shard_with(change: Callable[[pa.Table], pa.Table]) -> Edit:
     def edit(folder: Path) -> None:
         path = folder / "positive-00001.parquet"
-        pq.write_table(change(pq.read_table(path)), path)
+        pq.write_table(with_sum(change(pq.read_table(path))), path)
 
     return edit
 
@@ -180,7 +182,7 @@ def shorter(table: pa.Table) -> pa.Table:
         (manifest_without("teacher_weights"), "manifest.json, teacher_weights: found None"),
         (manifest_without("shards"), "manifest.json, shards: found None"),
         (lambda folder: half(folder / "positive-00001.parquet"), "remove it and score again"),
-        (shard_with(lambda table: table.drop_columns(["chosen"])), "rows without chosen"),
+        (shard_with(lambda table: table.drop_columns(["chosen"])), "remove it and score again"),
         (shard_with(shorter), "as the reference has"),
     ],
     ids=["fingerprints", "weights", "shards", "half", "column", "spans"],
@@ -207,27 +209,23 @@ def test_shards_that_nothing_says_the_origin_of_are_not_taken_for_ones_own(
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "metadata.json", "common.pt"])
-def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
-    world: TinyWorld, trained: Path, tmp_path: Path, name: str
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(
+    world: TinyWorld, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     newest = folder / "checkpoints/step-00000002"
     if not (newest / name).exists():
         pytest.skip("newer releases of Megatron-Core keep their common state among the shards")
     cut(newest / name, 0.1)
+    with pytest.raises(InputError, match="as were written") as error:
+        export(ExportConfig(str(newest), str(world.student), str(tmp_path / "exported")))
+    assert error.value.place == str(newest / name)
+    assert not (tmp_path / "exported").exists()
     config = composed("train", [*sft(world, folder), "trainer.checkpoint_every=1", "trainer.max_steps=2"])
-    place, found = newest, "a checkpoint that cannot be read"
-    if name.endswith(".distcp"):  # a shard that is cut off is named before anything reads it
-        place, found = newest / name, "expected an object at byte"
-    with pytest.raises(InputError, match=found) as error:
-        train(run_config(config))
-    assert error.value.place == str(place)
-    if name != "common.pt":  # an export needs no more than tensors
-        with pytest.raises(InputError, match=found):
-            export(ExportConfig(str(newest), str(world.student), str(tmp_path / "exported")))
-        assert not (tmp_path / "exported").exists()
-    shutil.rmtree(newest)
-    assert train(run_config(config)) == newest
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        assert train(run_config(config)) == newest
+    (told,) = [record.getMessage() for record in caplog.records if "a damaged checkpoint" in record.getMessage()]
+    assert str(newest / name) in told
 
 
 def test_an_export_by_another_model_is_refused(world: TinyWorld, trained: Path, tmp_path: Path) -> None:
@@ -329,8 +327,8 @@ def test_a_command_line_that_cannot_be_used_is_one_line(
 
 
 @pytest.mark.slow
-def test_two_pipelines_in_one_folder_keep_apart_and_a_terminated_one_says_so(world: TinyWorld, tmp_path: Path) -> None:
-    """The second is refused while the first is at work; stopped by SIGTERM, the first must not look done."""
+def test_two_pipelines_in_one_folder_keep_apart_and_a_stopped_one_goes_on(world: TinyWorld, tmp_path: Path) -> None:
+    """The second is refused while the first is at work; stopped by SIGTERM, the first has saved and is not complete."""
     arguments = [*one_stage(world, tmp_path / "run"), "trainer.max_steps=2000", "trainer.epochs=2000"]
     with started("pipeline.py", arguments, tmp_path) as first:
         assert first.stderr is not None
@@ -341,6 +339,8 @@ def test_two_pipelines_in_one_folder_keep_apart_and_a_terminated_one_says_so(wor
         assert "another pipeline at work in it" in stderr
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
-        assert first.returncode == 128 + signal.SIGTERM
+        assert first.returncode == 0
+    assert not json.loads((tmp_path / "run/sft_student/stage.json").read_text())["complete"]
+    assert not (tmp_path / "run/sft_student/export").exists()
     done = [*one_stage(world, tmp_path / "run"), "trainer.max_steps=2"]
     assert run_tool("pipeline.py", done, tmp_path)[0] == 0

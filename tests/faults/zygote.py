@@ -1,0 +1,139 @@
+"""A process that has imported everything, and forks the ranks of one job after the other: each begins in no time.
+
+Reads jobs from standard input, a JSON object a line, and answers with ``{"statuses": [...], "seconds": s}`` each:
+
+- ``tool``, ``arguments``: what every rank runs.
+- ``ranks``: how many there are. What one rank finds in its environment is what ``torchrun`` gives it, and when one
+  dies the others get SIGTERM, and SIGKILL if they do not end: what ``torchrun`` does.
+- ``folder``: the working folder; standard output and error of a rank go to ``<folder>/rank-<rank>.log``.
+- ``fault``: ``null``, or which ``signal`` to send: to the ``targets``, ``seconds`` after the start or once ``file``
+  has so many ``lines``, or to ``rank`` the ``nth`` time that it comes to a ``point``, see ``points``.
+- ``bound``: seconds that the whole job may take, and those that ranks may take to end once they were asked to.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_ROOT = Path(__file__).resolve().parents[2]
+_TOOLS = _ROOT / "tools"
+
+
+def _import_all() -> None:
+    import datasets  # noqa: F401
+    import lightning.pytorch  # noqa: F401
+    from nemo.core.config import hydra_runner  # noqa: F401
+
+    import ctpd_nemo.pipeline.score
+    import ctpd_nemo.pipeline.stages
+    import ctpd_nemo.report.run_page  # noqa: F401
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run_rank(job: dict[str, Any], rank: int, port: int) -> None:
+    """In the fork: become a rank and never return."""
+    folder = Path(job["folder"])
+    log = os.open(folder / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(folder)
+    if job["ranks"] > 1:
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "LOCAL_WORLD_SIZE": job["ranks"]}
+        os.environ.update({name: str(value) for name, value in world.items()})
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults"})
+    status = 1
+    try:
+        from tests.faults import points
+
+        fault = job["fault"]
+        if fault and "point" in fault and fault["rank"] == rank:
+            points.install(fault, os.getpid())
+        sys.argv = [str(_TOOLS / job["tool"]), *job["arguments"]]
+        sys.path.insert(0, str(_TOOLS))
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        import multiprocessing.util
+
+        # As at the end of any interpreter: forks that still write are waited for.
+        multiprocessing.util._exit_function()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _supervise(job: dict[str, Any], pids: list[int]) -> list[int]:
+    """Wait for all ranks; their exit statuses, negative for signals."""
+    statuses: dict[int, int] = {}
+    started, asked = time.monotonic(), None
+    fault = job["fault"] or {}
+    while len(statuses) < len(pids):
+        for rank, pid in enumerate(pids):
+            if rank not in statuses:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    statuses[rank] = os.waitstatus_to_exitcode(status)
+        now = time.monotonic()
+        left = [pids[rank] for rank in range(len(pids)) if rank not in statuses]
+        if "targets" in fault and _is_due(fault, now - started):
+            for target in fault.pop("targets"):
+                if target not in statuses:
+                    os.kill(pids[target], fault["signal"])
+        failed = any(statuses.values())
+        if left and asked is None and (failed or now - started > job["bound"]):
+            asked = now
+            for pid in left:
+                os.kill(pid, signal.SIGTERM)
+        if left and asked is not None and now - asked > job["bound"]:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return [statuses[rank] for rank in range(len(pids))]
+
+
+def _is_due(fault: dict[str, Any], seconds: float) -> bool:
+    if "seconds" in fault:
+        return bool(seconds >= fault["seconds"])
+    file = Path(fault["file"])
+    return file.exists() and file.read_bytes().count(b"\n") >= fault["lines"]
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, str(_ROOT))
+    _import_all()
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        job, port, pids = json.loads(line), _free_port(), []
+        started = time.monotonic()
+        for rank in range(job["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                _run_rank(job, rank, port)
+            pids.append(pid)
+        statuses = _supervise(job, pids)
+        answer = {"statuses": statuses, "seconds": time.monotonic() - started}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

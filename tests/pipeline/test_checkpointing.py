@@ -1,0 +1,353 @@
+"""Checkpoints that can be trusted: what is damaged is found and not taken, what cannot be written ends no run."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel import checkpoint_files
+from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
+from ctpd_nemo.pipeline import quiet
+from ctpd_nemo.pipeline.config import run_config
+from ctpd_nemo.pipeline.export import ExportConfig, export
+from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
+from ctpd_nemo.pipeline.train import train
+from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_quiet_thread() -> Iterator[None]:
+    quiet.after_imports()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return small_world(tmp_path_factory.mktemp("checkpointing") / "world")
+
+
+def sft(world: TinyWorld, run_dir: Path) -> list[str]:
+    """Four steps, with a checkpoint of each, and a validation after the second and the last."""
+    return [
+        "method=sft",
+        f"model.student.path={world.student}",
+        f"data.train=[{world.train}]",
+        f"data.validation=[{world.test}]",
+        f"run_dir={run_dir}",
+        *SMALL_BATCHES,
+        f"trainer.max_steps={STEPS}",
+        "trainer.epochs=2",
+        "trainer.checkpoint_every=1",
+        "trainer.validate_every=2",
+        "trainer.keep_last=10",
+        "optim.lr=1e-2",
+    ]
+
+
+def run(overrides: list[str]) -> Path:
+    return train(run_config(composed("train", overrides)))
+
+
+@pytest.fixture(scope="module")
+def whole(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a job that was never disturbed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run(sft(world, run_dir))
+    return run_dir
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if "second" not in name and name != "data_wait_share"}
+        for row in found
+    ]
+
+
+def names(run_dir: Path) -> list[str]:
+    return [path.name for path in find_checkpoints(run_dir / "checkpoints")]
+
+
+def step(number: int) -> str:
+    return f"step-{number:08d}"
+
+
+def tensor_files(checkpoint: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.distcp")}
+
+
+def same_tensors(first: Path, second: Path) -> bool:
+    """Weights and optimizer state; objects beside them are pickled, not always to the same bytes."""
+    found, expected = (
+        {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        for loaded in (dist_checkpointing.load_plain_tensors(str(folder)) for folder in (first, second))
+    )
+    assert len(expected) > 20
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def cut_back(whole: Path, run_dir: Path, last: int) -> Path:
+    """The folder of the same job, after some of its steps."""
+    shutil.copytree(whole, run_dir)
+    for number in range(last + 1, STEPS + 1):
+        shutil.rmtree(run_dir / "checkpoints" / step(number))
+    return run_dir
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+# Damage
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink], ids=["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "manifest.json"])
+def test_a_damaged_checkpoint_is_named_and_not_exported(
+    whole: Path, world: TinyWorld, tmp_path: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    folder = Path(shutil.copytree(whole / "checkpoints" / step(STEPS), tmp_path / step(STEPS)))
+    damage(folder / name)
+    with pytest.raises(InputError) as error:
+        export(ExportConfig(str(folder), str(world.student), str(tmp_path / "export")))
+    missing_manifest = name == "manifest.json" and damage is Path.unlink
+    assert error.value.place == str(folder if missing_manifest else folder / name)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "export").exists()
+
+
+def test_every_byte_of_a_checkpoint_is_watched(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole / "checkpoints" / step(STEPS), tmp_path / step(STEPS)))
+    assert checkpoint_files.find_damage(folder) is None
+    manifest = folder / "manifest.json"
+    good = manifest.read_bytes()
+    for at in range(len(good)):
+        manifest.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        changed = json.loads(good) != loaded(manifest)
+        assert (checkpoint_files.find_damage(folder) is not None) == changed, f"byte {at} of the manifest"
+    manifest.write_bytes(good)
+    files = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert json.loads(good)["files"].keys() == files
+
+
+def loaded(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def test_a_run_goes_on_from_the_newest_good_checkpoint(
+    whole: Path, world: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of four checkpoints the last three are damaged; the steps that are done again are the same."""
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    checkpoints = run_dir / "checkpoints"
+    flip(checkpoints / step(4) / "__0_0.distcp")
+    truncate(checkpoints / step(3) / "metadata.json")
+    (checkpoints / step(2) / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        assert run(sft(world, run_dir)) == checkpoints / step(4)
+    told = [record.getMessage() for record in caplog.records if "damaged checkpoint" in record.getMessage()]
+    assert len(told) == 3
+    assert f"{checkpoints / step(4) / '__0_0.distcp'}: found other bytes" in told[0]
+    assert f"{checkpoints / step(3) / 'metadata.json'}" in told[1]
+    assert "without manifest.json" in told[2]
+    assert names(run_dir) == [step(number) for number in range(1, 5)]
+    assert {path.name for path in checkpoints.glob("*.damaged")} == {f"{step(number)}.damaged" for number in (2, 3, 4)}
+    assert rows(run_dir) == rows(whole)
+    assert same_tensors(checkpoints / step(4), whole / "checkpoints" / step(4))
+
+
+def test_a_run_with_damaged_checkpoints_alone_does_not_begin_anew(
+    whole: Path, world: TinyWorld, tmp_path: Path
+) -> None:
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        truncate(path / "manifest.json")
+    with pytest.raises(InputError, match="found 2 damaged checkpoints"):
+        run(sft(world, run_dir))
+
+
+def test_what_was_half_written_replaced_or_removed_is_cleared_away(
+    whole: Path, world: TinyWorld, tmp_path: Path
+) -> None:
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    checkpoints = run_dir / "checkpoints"
+    # Killed between the two renames of a checkpoint that takes the place of another.
+    (checkpoints / step(2)).rename(checkpoints / f"{step(2)}.replaced")
+    shutil.copytree(checkpoints / step(1), checkpoints / f"{step(3)}.writing-0123abcd")
+    (checkpoints / step(1)).rename(checkpoints / f"{step(1)}.removing")
+    run(sft(world, run_dir))
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {"latest", step(2), step(3), step(4)}
+    assert rows(run_dir) == rows(whole)
+
+
+def test_latest_names_the_newest_and_can_be_exported(whole: Path, world: TinyWorld, tmp_path: Path) -> None:
+    latest = whole / "checkpoints/latest"
+    assert latest.read_text() == step(STEPS) + "\n"
+    for name, checkpoint in (("latest", latest), ("newest", latest.with_name(step(STEPS)))):
+        export(ExportConfig(str(checkpoint), str(world.student), str(tmp_path / name)))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("latest", "newest")]
+    assert weights[0] == weights[1]
+
+
+def test_latest_that_points_out_of_its_folder_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("../elsewhere")
+    with pytest.raises(InputError, match="the name of a checkpoint beside it"):
+        export(ExportConfig(str(tmp_path / "latest"), str(world.student), str(tmp_path / "export")))
+
+
+# What stays
+
+
+def test_the_newest_and_the_best_stay(world: TinyWorld, whole: Path, tmp_path: Path) -> None:
+    """A rate that ruins the model: the first validation is the best, the last checkpoint the newest."""
+    ruin = ["optim.lr=1.0", "optim.schedule=constant", "trainer.keep_last=1", "trainer.validate_every=1"]
+    run([*sft(world, tmp_path / "run"), *ruin, "trainer.keep_best=1", "trainer.checkpoint_every=0"])
+    losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "run") if "val_loss" in row}
+    best = min(losses, key=lambda number: losses[number])
+    assert best < STEPS
+    assert names(tmp_path / "run") == [step(best), step(STEPS)]
+    values = json.loads((tmp_path / "run/checkpoints/validation.json").read_text())
+    assert values == {step(number): losses[number] for number in (best, STEPS)}
+
+
+def test_the_best_of_an_earlier_part_of_the_run_stays(world: TinyWorld, whole: Path, tmp_path: Path) -> None:
+    """What earlier validations found is written down; a run that goes on compares with it."""
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    (run_dir / "checkpoints/validation.json").write_text(json.dumps({step(1): -1.0}))
+    run([*sft(world, run_dir), "trainer.keep_last=1", "trainer.keep_best=1"])
+    assert names(run_dir) == [step(1), step(STEPS)]
+
+
+def test_a_metric_that_no_validation_has_is_named(world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer\.best_by: found 'val_los'; expected one of val_loss"):
+        run([*sft(world, tmp_path / "run"), "trainer.keep_best=1", "trainer.best_by=val_los"])
+
+
+def test_keep_best_without_held_out_pairs_is_refused(world: TinyWorld, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer\.keep_best: found 1 without data\.validation"):
+        run([*sft(world, tmp_path / "run"), "trainer.keep_best=1", "data.validation=[]"])
+
+
+# In the background
+
+
+def test_async_checkpoints_are_those_of_a_run_that_waits_for_them(
+    world: TinyWorld, whole: Path, tmp_path: Path
+) -> None:
+    run([*sft(world, tmp_path / "run"), "trainer.async_save=true"])
+    assert rows(tmp_path / "run") == rows(whole)
+    assert names(tmp_path / "run") == names(whole)
+    for name in names(whole):
+        found, expected = (tensor_files(folder / "checkpoints" / name) for folder in (tmp_path / "run", whole))
+        assert found
+        assert found == expected
+
+
+# Full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB, which takes tests little to fill."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
+def test_a_full_disk_fails_the_save_and_not_the_run(
+    world: TinyWorld, whole: Path, small_disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, async_save: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(small_disk)
+    size = sum(path.stat().st_size for path in (whole / "checkpoints" / step(1)).iterdir())
+    taken = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - int(2.5 * size)
+    (small_disk / "other files").write_bytes(b"\0" * taken)
+    overrides = [*sft(world, run_dir), f"trainer.async_save={async_save}"]
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"), pytest.raises(InputError, match="MiB free"):
+        run(overrides)
+    told = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert 0 < len(told) < STEPS
+    # Libraries tell it in several ways.
+    assert all("No space left" in message or "0.0 MiB free" in message for message in told)
+    good = [step(number) for number in range(1, STEPS - len(told) + 1)]
+    assert names(run_dir) == good
+    assert (small_disk / "latest").read_text() == good[-1] + "\n"
+    assert not list(small_disk.glob("*.writing-*"))
+    # The run went on to its end, with the same numbers, and counted.
+    steps = [row for row in rows(run_dir) if "loss" in row]
+    assert [row["loss"] for row in steps] == [row["loss"] for row in rows(whole) if "loss" in row]
+    # A save in the background that fails is known a step later, here after the last row.
+    assert steps[-1]["failed_checkpoints"] == (0 if async_save else len(told) - 1)
+    # With room, it goes on from what it has.
+    (small_disk / "other files").unlink()
+    run([*overrides, "trainer.keep_last=1"])
+    assert names(run_dir) == [step(STEPS)]
+    assert same_tensors(run_dir / "checkpoints" / step(4), whole / "checkpoints" / step(4))
+
+
+# Other input
+
+
+def test_what_may_differ_is_named_and_told(
+    world: TinyWorld, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    other = tmp_path / "other.jsonl"
+    lines = world.train.read_text().splitlines(keepends=True)
+    other.write_text("".join(reversed(lines)))
+    changed = [*sft(world, run_dir), f"data.train=[{other}]", "trainer.keep_last=3"]
+    with pytest.raises(InputError, match=r"resume, data: found .*; expected what the checkpoint was trained on"):
+        run(changed)
+    with pytest.raises(InputError, match=r"resume\.allow: found 'dta'; expected names of what may differ: method"):
+        run([*changed, "resume.allow=[dta]"])
+    with pytest.raises(InputError, match="resume, data"):
+        run([*changed, "resume.allow=[template,tokenizer]"])
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        run([*changed, "resume.allow=[data]"])
+    assert any("resume, data" in record.getMessage() for record in caplog.records)
+    after = [row["loss"] for row in rows(run_dir) if "loss" in row]
+    assert after[:2] == [row["loss"] for row in rows(whole) if "loss" in row][:2]
+    assert len(after) == STEPS
+
+
+def test_another_template_or_tokenizer_stops_with_its_name(world: TinyWorld, whole: Path, tmp_path: Path) -> None:
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    with pytest.raises(InputError, match="resume, policy_template"):
+        run([*sft(world, run_dir), f'model.student.chat_template="{template}"'])
+    tokenizer = Path(shutil.copytree(world.student, tmp_path / "tokenizer"))
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    content["model"]["vocab"][-1][1] -= 0.5
+    (tokenizer / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="resume, policy_tokenizer"):
+        run([*sft(world, run_dir), f"model.student.tokenizer={tokenizer}"])
