@@ -1,5 +1,6 @@
 """What is to be reproduced, typed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class ReproduceConfig:
 
     Attributes:
         table: Which table, one of ``tables_of_paper``.
+        rows: Names of those of its rows that are asked for; ``None`` for all.
         seeds: Each has a folder of its own; ``None``: 0 to 3 in a tiny world, 0 with models of one's own.
         processes: Seeds at a time, in a tiny world.
         world: The tiny world.
@@ -90,6 +92,7 @@ class ReproduceConfig:
     """
 
     table: int = 1
+    rows: list[str] | None = None
     seeds: list[int] | None = None
     processes: int = 2
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -134,8 +137,25 @@ def known_tables() -> list[int]:
     return sorted(int(path.stem) for path in _TABLES.glob("*.yaml"))
 
 
-def read_table(number: int) -> TableConfig:
-    """One of the tables."""
+def read_table(number: int, rows: Sequence[str] | None = None) -> TableConfig:
+    """One of the tables, or some of its rows.
+
+    Raises:
+        InputError: It has no row of a name.
+    """
     values = OmegaConf.load(_TABLES / f"{number}.yaml")
     assert isinstance(values, DictConfig)
-    return typed(TableConfig, values)
+    table = typed(TableConfig, values)
+    if rows is not None:
+        for name in rows:
+            if name not in table.rows:
+                raise InputError("rows", repr(name), f"rows of table {number}: " + ", ".join(table.rows))
+        left_out = table.rows.keys() - set(rows)
+        table.rows = {name: stage for name, stage in table.rows.items() if name not in left_out}
+        table.paper = {
+            experiment: {name: values for name, values in reported.items() if name not in left_out}
+            for experiment, reported in table.paper.items()
+        }
+    if not table.rows:
+        raise InputError("rows", "none", "names of rows, or null for all")
+    return table

@@ -39,7 +39,7 @@ def reproduce(config: DictConfig, experiment: str, overrides: Sequence[str] = ()
         InputError: A value, file or folder cannot be used.
     """
     asked, recipe = split_config(config)
-    table = read_table(asked.table)
+    table = read_table(asked.table, asked.rows)
     if recipe.run_dir is None:
         recipe.run_dir = f"runs/tables/{experiment}"
     # Before anything is run: every stage of the table is there.
@@ -58,7 +58,9 @@ def _tiny(asked: ReproduceConfig, table: TableConfig, recipe: DictConfig, experi
     # Students that are done in another table as well take no time here.
     done = {str(seed): run for seed, run in zip(seeds, runs, strict=True)}
     rows = read_scores(recipe.run_dir, table, seeds, tiny_scores)
-    tables = [score_table(table, rows, seeds, {}), difference_table(table, rows)]
+    tables = [score_table(table, rows, seeds, {})]
+    if table.against in table.rows and len(table.rows) > 1:
+        tables.append(difference_table(table, rows))
     cost = {"seconds": round(seconds, 1), "runs": done, "processes": asked.processes, "cores": os.cpu_count()}
     values = {"experiment": experiment, "seeds": seeds, "n_test": asked.world.n_test, **cost}
     _write(table, recipe, tables, values | as_values(rows, table))

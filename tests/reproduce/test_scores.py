@@ -97,3 +97,13 @@ def test_the_papers_figures_stand_beside_ours_in_brackets() -> None:
     text = score_table(table, ours, [0], paper).as_markdown()
     assert "60.00 ± 1.40 (63.92)" in text
     assert "- (59.76)" in text
+
+
+def test_some_rows_of_a_table_may_be_asked_for() -> None:
+    table = read_table(2, ["Shuffled", "Origin"])
+    assert table.rows == {"Origin": "ctpd", "Shuffled": "ctpd-shuffled"}, "in the order of the table"
+    assert {name for reported in table.paper.values() for name in reported} == {"Origin"}
+    with pytest.raises(InputError, match=r"rows: found 'Original'; expected rows of table 2: Origin, Random"):
+        read_table(2, ["Original"])
+    with pytest.raises(InputError, match="rows: found none"):
+        read_table(2, [])
