@@ -1,5 +1,6 @@
 """Fixtures that every room shares."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,3 +13,17 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the shared/ folder beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_quiet_thread() -> Iterator[None]:
+    """As the tools have here: sums in another order would not be equal bit for bit; for all tests that come after."""
+    import torch
+
+    from ctpd_nemo.pipeline import quiet
+
+    quiet.after_imports()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

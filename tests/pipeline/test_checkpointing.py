@@ -16,23 +16,15 @@ from megatron.core import dist_checkpointing
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel import checkpoint_files
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
-from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
 from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
+
 STEPS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    quiet.after_imports()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,28 +3,18 @@
 import json
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.reproduce.config import split_config
 from ctpd_nemo.reproduce.seed import run_seed
 from tests.pipeline.recipe import composed
 from tests.pipeline.tool import kill, run_tool, started
 
+pytestmark = pytest.mark.usefixtures("one_quiet_thread")
+
 TABLE_3 = ["sft_teacher", "sft_student", "dpo_positive", "dpo_negative", "score", "score_student", "ctpd"]
-
-
-@pytest.fixture(autouse=True)
-def _one_quiet_thread() -> Iterator[None]:
-    quiet.after_imports()
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_students_share_stages_and_are_evaluated_once(
