@@ -48,6 +48,8 @@ class TrainerConfig:
         keep_best: How many more stay, of those with the best validation; with it, each validation has a checkpoint.
         best_by: What is compared: "val_loss", where less is better, or another ``val_`` metric, where more is.
         async_save: Write checkpoints while training goes on.
+        max_bad_steps: How many steps in a row may have a loss or gradient that is NaN or infinite; with so many the run
+            stops. Each changes no weights, counts in ``bad_steps`` and has its pairs in ``bad_batches.jsonl``.
         log_every: Steps between two points in TensorBoard; ``metrics.jsonl`` has every step.
         resume: Go on from the newest checkpoint in the run folder, if there is one.
     """
@@ -60,12 +62,13 @@ class TrainerConfig:
     keep_best: int = 0
     best_by: str = "val_loss"
     async_save: bool = False
+    max_bad_steps: int = 3
     log_every: int = 10
     resume: bool = True
 
     def check(self) -> None:
         """Stop with an ``InputError`` that names the key of a value that makes no run."""
-        at_least = {"epochs": 1, "max_steps": 1, "keep_last": 1, "log_every": 1}
+        at_least = {"epochs": 1, "max_steps": 1, "keep_last": 1, "max_bad_steps": 1, "log_every": 1}
         at_least |= {"validate_every": 0, "checkpoint_every": 0, "keep_best": 0}
         for name, least in at_least.items():
             value = getattr(self, name)

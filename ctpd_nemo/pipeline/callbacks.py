@@ -1,12 +1,9 @@
 """What happens beside the training loop: the metric log, progress, the report on the data."""
 
 import datetime
-import json
 import logging
-import os
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from megatron.core import parallel_state
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.agreement import any_rank
-from ctpd_nemo.parallel.checkpoint_files import write_whole
+from ctpd_nemo.pipeline.step_rows import StepRows
 from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
@@ -136,22 +133,19 @@ class StopBetweenShards(Callback):
 class MetricLog(Callback):
     """Appends one JSON object a step to a file; rank 0 writes.
 
-    A run that goes on from an earlier step drops the rows of steps it does again. Rows that a full disk has no room for
-    are written when there is some.
+    A run that goes on from an earlier step drops the rows of steps it does again.
     """
 
     def __init__(self, path: Path) -> None:
         """Args:
-        path: The JSON-lines file.
+        path: The JSON-lines file, see ``StepRows``.
         """
-        self.path = path
-        self._waiting: list[str] = []
+        self._rows = StepRows(path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Cut the log back to what is done; a step that was validated is validated again."""
-        if trainer.is_global_zero and self.path.exists():
-            kept = [line for line, row in _whole_rows(self.path) if _stays(row, trainer.global_step)]
-            write_whole(self.path, "".join(line + "\n" for line in kept))
+        if trainer.is_global_zero:
+            self._rows.cut_back(lambda row: _stays(row, trainer.global_step))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
@@ -165,28 +159,8 @@ class MetricLog(Callback):
         self._append(trainer, {"step": trainer.global_step, **pl_module.last_validation})
 
     def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._waiting.append(json.dumps(row) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
-        except OSError as error:
-            # What was written of a line would run into the next.
-            os.truncate(self.path, size)
-            logger.warning("%s: %d rows wait to be written: %s", self.path, len(self._waiting), error)
-        else:
-            self._waiting.clear()
-
-
-def _whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines and what they hold; a process that was killed may leave half a line."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield line, json.loads(line)
-        except ValueError:
-            logger.warning("%s: left out, as it is no whole row: %.60s", path, line)
+        if trainer.is_global_zero:
+            self._rows.append(row)
 
 
 def _stays(row: dict[str, Any], step: int) -> bool:

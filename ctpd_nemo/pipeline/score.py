@@ -27,6 +27,7 @@ from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
 from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.models.top_k import TopKScoring
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
 from ctpd_nemo.pipeline.callbacks import StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
@@ -58,6 +59,7 @@ def score(run: RunConfig) -> Path:
     for role, folder in folders.items():
         check_model(folder, data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
+    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
     prints, weights = score_fingerprints(data, run.precision.name), weights_fingerprints(folders)
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
     top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None

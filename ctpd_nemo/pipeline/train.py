@@ -18,7 +18,9 @@ from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import SpanDraws
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints, named_checkpoints
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, world_size
+from ctpd_nemo.pipeline.bad_steps import BadStepReport
 from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.encoded import use_encoded
@@ -55,6 +57,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
         check_model(path, data.encoder.policy if reads_as_policy else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
+    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
     use_encoded(data)
     if reference == "cache" and isinstance(run.method, DistillationConfig):
         data.top_k = _open_top_k(run, data)
@@ -74,6 +77,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         DataReport(folder.name, ", ".join(run.data.train)),
         MetricLog(folder / "metrics.jsonl"),
         checkpointing,
+        BadStepReport(folder, run.trainer.max_bad_steps),
     ]
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks])
     model = method.model(run, data, trainer)

@@ -13,6 +13,7 @@ from nemo.utils.exp_manager import exp_manager
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
 from ctpd_nemo.pipeline.callbacks import ProgressLines
+from ctpd_nemo.pipeline.places import Places
 
 
 def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = ()) -> pl.Trainer:
@@ -40,7 +41,7 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),
         use_distributed_sampler=False,
-        callbacks=[*callbacks, *_progress(run)],
+        callbacks=[Places(), *callbacks, *_progress(run)],
     )
     exp_manager(
         trainer,

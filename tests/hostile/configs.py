@@ -121,7 +121,7 @@ VALUES: list[tuple[str, Any, str, str, str]] = [
     ("parallel.overlap_param_gather", True, "parallel.overlap_param_gather", "true", "distributed_optimizer"),
     ("parallel.recompute", "some", "parallel.recompute", "'some'", "none, selective or full"),
     ("parallel.context_communication", "mail", "parallel.context_communication", "'mail'", "p2p or a2a"),
-    ("parallel.timeout_minutes", 0, "parallel.timeout_minutes", "0", "1 or more"),
+    ("parallel.timeout_minutes", 0, "parallel.timeout_minutes", "0", "a positive number of minutes"),
     # Methods
     ("method", None, "method.name", "None", "one of sft, dpo"),
     ("method", "sft", "method.name", "None", "one of sft, dpo"),

@@ -344,7 +344,7 @@ def test_a_score_that_is_not_finite_is_never_written(tmp_path: Path, value: floa
     cache = writer(tmp_path)
     cache.begin()
     bad = PairScores("pair-1", np.array([-1.0], np.float32), np.array([-1.0, -2.0, value], np.float32))
-    with pytest.raises(InputError, match=r"positive, pair 'pair-1', rejected, span 2: found .*finite"):
+    with pytest.raises(InputError, match=r"positive-00000.parquet, pair 'pair-1', rejected, span 2: found .*finite"):
         cache.write("positive", 0, [scores("positive")[0], bad])
     assert set(files(tmp_path)) == {"manifest.json"}
 
@@ -356,7 +356,7 @@ def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     chosen = table["chosen"].to_pylist()
     chosen[1][0] = math.nan
     pq.write_table(with_sum(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
-    with pytest.raises(InputError, match="negative, pair 'pair-4', chosen, span 0: found nan"):
+    with pytest.raises(InputError, match="negative-00001.parquet, pair 'pair-4', chosen, span 0: found nan"):
         read(tmp_path)
 
 
