@@ -148,9 +148,10 @@ class HangWatch:
         else:
             message, speaks = _mute_store(), self._rank == 1
         if speaks:
+            waited = f"waited for {self._limit:.0f} s, parallel.timeout_minutes"
             where = f"{self.folder} has the stacks of all ranks that could write them"
             # Not through Python's stream: the main thread may hold its lock.
-            os.write(2, f"error: waited for {self._limit:.0f} s, parallel.timeout_minutes: {message}; {where}\n".encode())
+            os.write(2, f"error: {waited}: {message}; {where}\n".encode())
         time.sleep(2 * self._beat_seconds)
         os._exit(_STATUS)
 
@@ -193,7 +194,9 @@ def _late(rank: int, report: Report | None, silent_at: float | None) -> str:
         at = f"for {report.seconds:.0f} s: it is in {report.line}"
     else:
         heard = silent_at - report.time
-        at = f"for {report.seconds + heard:.0f} s, and was last heard of {heard:.0f} s ago: stopped, or its node is gone"
+        at = (
+            f"for {report.seconds + heard:.0f} s, and was last heard of {heard:.0f} s ago: stopped, or its node is gone"
+        )
     return f"rank {rank} ({report.process}) has not come beyond {report.place} {at}"
 
 
@@ -229,7 +232,9 @@ def watch_for_hangs(folder: Path, timeout_minutes: float) -> None:
         if dist.get_backend() == "nccl":
             # Torch's watchdog makes no folders.
             folder.mkdir(parents=True, exist_ok=True)
-        store = dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store()
+        # Older torch has no way to a second connection.
+        store = store.clone() if hasattr(store, "clone") else store
         _watch = HangWatch(store, dist.get_rank(), dist.get_world_size(), folder, 60 * timeout_minutes)
         _watch.start()
 

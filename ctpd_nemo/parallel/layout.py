@@ -14,7 +14,6 @@ from ctpd_nemo.parallel.cpu import enable_cpu_execution
 from ctpd_nemo.parallel.hang import GRACE_MINUTES
 from ctpd_nemo.parallel.standstill import record_collectives
 
-
 # A year: NCCL counts milliseconds.
 _LONGEST_MINUTES = 60 * 24 * 365
 

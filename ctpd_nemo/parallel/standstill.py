@@ -1,4 +1,4 @@
-"""Whether this process moves, and whether it waits for others: by its main thread's stack and torch's flight recorder."""
+"""Whether this process moves and whether it waits for others, by its main thread's stack and torch's recorder."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What becomes of steps whose loss or gradient is not finite: their pairs are written down, and too many end the run."""
+"""What becomes of steps whose loss or gradient is not finite: their pairs are written down; too many end the run."""
 
 import logging
 from pathlib import Path
@@ -80,9 +80,10 @@ class BadStepReport(Callback):
         good = on_rank_0(lambda: find_checkpoints(self.folder / "checkpoints"))
         newest = f"training goes on from {good[-1]}" if good else "there is no checkpoint yet"
         count = self.counts.in_a_row
+        found = f"no finite loss and gradient in {count} step{'s' * (count > 1)} in a row"
         raise InputError(
             f"{self.folder}, step {trainer.global_step}",
-            f"no finite loss and gradient in {count} step{'s' * (count > 1)} in a row, with the pairs in {self._rows.path}",
+            f"{found}, of the pairs in {self._rows.path}",
             f"fewer than trainer.max_bad_steps; are weights, data and rates sound? Started again, {newest}",
         )
 

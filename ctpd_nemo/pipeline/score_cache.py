@@ -253,13 +253,16 @@ class ScoreReader:
             raise InputError(place, f"{_numbers(reference)} spans", f"{expected}, as the responses have")
         both = {role: (scores.chosen, scores.rejected) for role, scores in scored.items()}
         weights = self._weighting.pair_weights(both, pair)
+        self._check_weights(pair.id, weights)
+        return reference.chosen, reference.rejected, *weights
+
+    def _check_weights(self, pair_id: str, weights: Sequence[Float32Array]) -> None:
         for name, response in zip(("chosen", "rejected"), weights, strict=True):
             if not np.isfinite(response).all():
                 at = int(np.flatnonzero(~np.isfinite(response))[0])
-                place = f"weights {self._weighting.name} of {self.folder}, pair {pair.id!r}, {name}, span {at}"
+                place = f"{self.folder}, weights {self._weighting.name} of pair {pair_id!r}, {name}, span {at}"
                 expected = "a finite weight; are method.weight_scale, weight_lower and weight_upper sound?"
                 raise InputError(place, str(response[at]), expected)
-        return reference.chosen, reference.rejected, *weights
 
     def _pair(self, role: str, pair_id: str) -> PairScores:
         row = self._rows[role].get(pair_id)

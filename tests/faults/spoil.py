@@ -4,7 +4,8 @@
 
 - ``losses``: the loss of the first microbatch that the rank computes is NaN, and its gradient with it.
 - ``gradients``: the reduced gradient that the rank holds is infinite; the loss is as it was.
-- ``sleeps``: the rank sleeps, before the step's first collective.
+- ``sleeps``: the rank sleeps for ever, before the step's first collective.
+- ``naps``: likewise, for a second.
 
 and ``omitted``, steps whose update is left out on every rank though nothing is wrong. Every rank writes a line a step
 to ``digests-<rank>.jsonl``: the step, and digests of its weights and moments before and after.
@@ -41,6 +42,8 @@ def install(plan: dict[str, Any], rank: int, folder: Path) -> None:
         step = batch.step + 1
         if due("sleeps"):
             _sleep()
+        if due("naps"):
+            time.sleep(1)
         before = _digest(model)
         training_step(model, batch, batch_idx)
         with (folder / f"digests-{rank}.jsonl").open("a") as file:
@@ -96,8 +99,7 @@ def _tensors(model: Any) -> Iterator[torch.Tensor]:
         yield from (parameter for parameter in chunk.parameters())
     megatron = model.optimizers().megatron
     for group in megatron.param_groups:
-        for parameter in group["params"]:
-            yield parameter
+        yield from group["params"]
     for part in megatron.chained_optimizers:
         for state in part.optimizer.state.values():
             yield from (value.reshape(-1) for value in state.values() if isinstance(value, torch.Tensor))

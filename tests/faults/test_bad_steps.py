@@ -121,7 +121,8 @@ def test_the_count_and_the_pairs_of_bad_steps_are_the_same_after_a_kill(
 def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(
     async_save: bool, zygote: Zygote, world: TinyWorld, tmp_path: Path
 ) -> None:
-    stopped = job("dp2", zygote, world, tmp_path / "stopped", "trainer.max_bad_steps=2", f"trainer.async_save={async_save}")
+    limits = ["trainer.max_bad_steps=2", f"trainer.async_save={async_save}"]
+    stopped = job("dp2", zygote, world, tmp_path / "stopped", *limits)
     statuses, _ = stopped.run(spoil={"losses": [[3, 0], [4, 1]]})
     run_dir = stopped.folder / "run"
     assert statuses == [2, 2], stopped.logs()
