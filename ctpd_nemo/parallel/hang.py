@@ -146,7 +146,8 @@ class HangWatch:
         if before and after:
             message, speaks = explain(before, after), told == 1
         else:
-            message, speaks = _mute_store(), self._rank == 1
+            waiting = f"rank {self._rank} in {self._place}, in {self._standstill.look().line}"
+            message, speaks = f"{_mute_store()}; waiting: {waiting}", self._rank == 1
         if speaks:
             waited = f"waited for {self._limit:.0f} s, parallel.timeout_minutes"
             where = f"{self.folder} has the stacks of all ranks that could write them"

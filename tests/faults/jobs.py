@@ -31,7 +31,7 @@ class Job:
     ranks: int
 
     def run(
-        self, fault: dict[str, Any] | None = None, spoil: dict[str, Any] | None = None, bound: float = BOUND
+        self, fault: dict[str, Any] | None = None, spoil: dict[str, Any] | None = None, grace: float = BOUND
     ) -> tuple[list[int], float]:
         """Run it, to its end where there is no fault and nothing is spoilt."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,8 @@ class Job:
             folder=str(self.folder),
             fault=fault,
             spoil=spoil,
-            bound=bound,
+            bound=BOUND,
+            grace=grace,
         )
         assert fault is not None or spoil is not None or not any(statuses), f"{statuses}\n{self.logs()}"
         return statuses, seconds

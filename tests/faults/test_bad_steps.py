@@ -25,7 +25,7 @@ LAYOUTS = {
     ),
     "dp2-plain-optimizer": (2, ["parallel.pipeline=1", "parallel.distributed_optimizer=false"]),
 }
-SLOW = ("cp2", "dp2-overlap", "dp2-plain-optimizer")
+SLOW = ("one", "cp2", "dp2-overlap", "dp2-plain-optimizer")
 # A loss of the last rank, which with a pipeline is the one that has losses; a gradient of the first.
 BAD = (2, 4)
 
@@ -117,7 +117,7 @@ def test_the_count_and_the_pairs_of_bad_steps_are_the_same_after_a_kill(
     assert [row["step"] for row in bad_batches(killed.folder)] == [2, 3, 5]
 
 
-@pytest.mark.parametrize("async_save", [False, True])
+@pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(
     async_save: bool, zygote: Zygote, world: TinyWorld, tmp_path: Path
 ) -> None:

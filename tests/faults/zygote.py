@@ -9,7 +9,8 @@ Reads jobs from standard input, a JSON object a line, and answers with ``{"statu
 - ``fault``: ``null``, or which ``signal`` to send: to the ``targets``, ``seconds`` after the start or once ``file``
   has so many ``lines``, or to ``rank`` the ``nth`` time that it comes to a ``point``, see ``points``.
 - ``spoil``: ``null``, or what goes wrong with numbers, or takes for ever, see ``spoil``.
-- ``bound``: seconds that the whole job may take, and those that ranks may take to end once they were asked to.
+- ``bound``: seconds that the whole job may take.
+- ``grace``: seconds that ranks may take to end once they were asked to.
 """
 
 import json
@@ -105,7 +106,7 @@ def _supervise(job: dict[str, Any], pids: list[int]) -> list[int]:
             asked = now
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
-        if left and asked is not None and now - asked > job["bound"]:
+        if left and asked is not None and now - asked > job["grace"]:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)

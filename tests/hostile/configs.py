@@ -104,6 +104,7 @@ VALUES: list[tuple[str, Any, str, str, str]] = [
     ("trainer.max_steps", -1, "trainer.max_steps", "-1", "1 or more"),
     ("trainer.checkpoint_every", -1, "trainer.checkpoint_every", "-1", "0 or more"),
     ("trainer.keep_last", 0, "trainer.keep_last", "0", "1 or more"),
+    ("trainer.max_bad_steps", 0, "trainer.max_bad_steps", "0", "1 or more"),
     ("trainer.log_every", 0, "trainer.log_every", "0", "1 or more"),
     ("model.student.path", None, "model.student.path", "nothing", "a Hugging Face folder"),
     ("model.student.path", "nowhere", "nowhere", "no such folder", "a folder with"),

@@ -327,7 +327,7 @@ def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
             continue
         assert len(cache) == N_PAIRS
         for pair in expected:
-            chosen, rejected, *_ = cache.lookup(pair.pair_id)
+            chosen, rejected, *_ = cache.lookup(encoded(pair.pair_id))
             np.testing.assert_array_equal(chosen, pair.chosen, err_msg=f"byte {at}")
             np.testing.assert_array_equal(rejected, pair.rejected, err_msg=f"byte {at}")
     assert found > len(good) / 2

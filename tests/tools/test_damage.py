@@ -137,7 +137,9 @@ def test_weights_that_give_no_number_never_reach_a_checkpoint(world: TinyWorld, 
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     overrides = [*sft(world, tmp_path / "run"), f"model.student.path={folder}", "trainer.checkpoint_every=1"]
-    with pytest.raises(InputError, match="step 1, loss: found nan; expected a finite number"):
+    with pytest.raises(
+        InputError, match=r"step 3: found no finite loss .* in 3 steps in a row.*there is no checkpoint"
+    ):
         train(run_config(composed("train", overrides)))
     assert not (tmp_path / "run/checkpoints").exists()
 
