@@ -41,7 +41,7 @@ from ctpd_nemo.parallel.userbuffers import prepare_userbuffers
 logger = logging.getLogger(__name__)
 
 # Values of a method's config that name a folder.
-_FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
+FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
 
 
 class MegatronModel(ModelPT):
@@ -175,7 +175,7 @@ class MegatronModel(ModelPT):
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint of this run must match to be resumed from."""
         # Folders may move; weights and score caches are compared by their content.
-        values = {key: value for key, value in vars(self.run.method).items() if key not in _FOLDERS}
+        values = {key: value for key, value in vars(self.run.method).items() if key not in FOLDERS}
         return {
             "method": repr(values),
             "optim": repr(vars(self.run.optim)),
@@ -236,6 +236,8 @@ class MegatronModel(ModelPT):
             "data_wait_seconds": self.data_wait.add(batch.wait_seconds, seconds),
             "data_wait_share": self.data_wait.share,
         }
+        # Lightning's name for where loggers put a point; it would count from 0.
+        self.log("step", float(self.trainer.global_step))
         for name, value in self.last_metrics.items():
             self.log(name, value, prog_bar=name in (*self.shown_metrics, "tokens_per_second"))
 
@@ -251,7 +253,7 @@ class MegatronModel(ModelPT):
         self._validation.clear()
         self._validation_stats = StepStats()
         self.last_validation = {f"val_{name}": value for name, value in metrics.items()}
-        self.log_dict(self.last_validation)
+        self.log_dict({**self.last_validation, "step": float(self.trainer.global_step)})
 
     def _run(self, batch: StepBatch, forward_only: bool) -> list[StepLoss]:
         device = local_device()

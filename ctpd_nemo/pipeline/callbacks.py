@@ -1,14 +1,13 @@
-"""What happens beside the training loop: the metric log, progress, the report on the data."""
+"""What happens beside the training loop: the metric log, the report on the data, stopping between shards."""
 
-import datetime
 import logging
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core import parallel_state
 
 from ctpd_nemo.data.loader import StepStats
@@ -18,59 +17,6 @@ from ctpd_nemo.pipeline.step_rows import StepRows
 from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-class ProgressLines(Callback):
-    """A line now and then, where there is no terminal to draw a bar on: the first step, the last, and some between."""
-
-    def __init__(self, title: str, seconds: float = 10.0) -> None:
-        """Args:
-        title: What the lines begin with.
-        seconds: At least so much time lies between two lines.
-        """
-        self.title = title
-        self.seconds = seconds
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._start(trainer.global_step)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step where it is due."""
-        step, total = trainer.global_step, trainer.max_steps
-        if self._is_due(step, total):
-            shown = "  ".join(f"{name} {pl_module.last_metrics[name]:.3f}" for name in pl_module.shown_metrics)
-            rate = pl_module.last_metrics["tokens_per_second"]
-            left = self._time_left(step, total)
-            logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._start(0)
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log the shard where it is due; replicas have as many shards as the first, or one less."""
-        done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
-        if self._is_due(done, total):
-            left = self._time_left(done, total)
-            logger.info("%-13s shard %d of %d of this replica  %s left", self.title, done, total, left)
-
-    def _start(self, step: int) -> None:
-        self._started = self._last = time.monotonic()
-        self._first_step = step
-
-    def _is_due(self, step: int, total: int) -> bool:
-        now = time.monotonic()
-        due = step in (self._first_step + 1, total) or now - self._last >= self.seconds
-        if due:
-            self._last = now
-        return due
-
-    def _time_left(self, step: int, total: int) -> datetime.timedelta:
-        per_step = (time.monotonic() - self._started) / (step - self._first_step)
-        return datetime.timedelta(seconds=round(per_step * (total - step)))
 
 
 class DataReport(Callback):
@@ -145,7 +91,9 @@ class MetricLog(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Cut the log back to what is done; a step that was validated is validated again."""
         if trainer.is_global_zero:
-            self._rows.cut_back(lambda row: _stays(row, trainer.global_step))
+            last = self._rows.cut_back(lambda row: _stays(row, trainer.global_step))
+            if last is not None:
+                _draw_again(trainer, last)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
@@ -161,6 +109,15 @@ class MetricLog(Callback):
     def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             self._rows.append(row)
+
+
+def _draw_again(trainer: pl.Trainer, row: dict[str, Any]) -> None:
+    """Give TensorBoard the last step that was done: it drops that one too, as its validation may be done again."""
+    if row["step"] == trainer.global_step:
+        values = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+        for drawn in trainer.loggers:
+            if isinstance(drawn, TensorBoardLogger):
+                drawn.log_metrics(values, step=row["step"])
 
 
 def _stays(row: dict[str, Any], step: int) -> bool:

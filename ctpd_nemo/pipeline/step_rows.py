@@ -29,15 +29,20 @@ class StepRows:
         self.path = path
         self._waiting: list[str] = []
 
-    def cut_back(self, stays: Callable[[Row], bool]) -> None:
+    def cut_back(self, stays: Callable[[Row], bool]) -> Row | None:
         """Drop rows of what will be done again, and lines that are no rows.
 
         Args:
             stays: Whether a row is of what is done.
+
+        Returns:
+            The last row that stays, if any does.
         """
-        if self.path.exists():
-            kept = [line for line, row in _whole_rows(self.path) if stays(row)]
-            write_whole(self.path, "".join(line + "\n" for line in kept))
+        if not self.path.exists():
+            return None
+        kept = [(line, row) for line, row in _whole_rows(self.path) if stays(row)]
+        write_whole(self.path, "".join(line + "\n" for line, _ in kept))
+        return kept[-1][1] if kept else None
 
     def append(self, row: Row) -> None:
         """Write a row, and those that wait."""
