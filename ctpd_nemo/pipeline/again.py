@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import FOLDERS
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.origin import CONFIG, read_config, read_starts
 
 FLAG = "--from-run"
@@ -53,30 +56,33 @@ def offer_config(folder: str) -> str:
     path = Path(folder)
     if not path.name or path.name == "..":
         path = path.resolve()
-    values = read_config(path)
-    method: Any = values.get("method")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str) or method["name"] == "score":
-        name = method.get("name") if isinstance(method, dict) else method
-        raise InputError(f"{path / CONFIG}, method.name", repr(name), "a method that trains")
+    try:
+        run = run_config(OmegaConf.create(read_config(path)))
+    except InputError as error:
+        if error.place == str(path / CONFIG):
+            raise
+        raise InputError(f"{path / CONFIG}, {error.place}", error.found, error.expected) from error
+    if run.method.name not in METHODS:
+        raise InputError(f"{path / CONFIG}, method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
     starts = read_starts(path)
     if starts and isinstance(before := starts[-1].get("folder"), str) and before != os.getcwd():
-        _make_absolute(values, Path(before))
-    values |= {"run_dir": str(path.with_name(f"{path.name}-again")), "from_run": str(path)}
-    ConfigStore.instance().store(name=CONFIG_NAME, node=OmegaConf.create(values))
+        _make_absolute(run, Path(before))
+    run.run_dir, run.from_run = str(path.with_name(f"{path.name}-again")), str(path)
+    ConfigStore.instance().store(name=CONFIG_NAME, node=OmegaConf.create(asdict(run)))
     return CONFIG_NAME
 
 
-def _make_absolute(values: dict[str, Any], folder: Path) -> None:
-    """Make what the job read from be found from another working folder than its own."""
-    model, data = values.get("model") or {}, values.get("data") or {}
+def _make_absolute(run: RunConfig, folder: Path) -> None:
+    """Have what the job read found from another working folder than its own."""
     for part, keys in (
-        *((model.get(side) or {}, ("path", "tokenizer")) for side in ("student", "teacher")),
-        (values["method"], FOLDERS),
+        (run.model.student, ("path", "tokenizer")),
+        (run.model.teacher, ("path", "tokenizer")),
+        (run.method, FOLDERS),
     ):
         for key in keys:
-            if isinstance(part.get(key), str):
-                part[key] = str(folder / part[key])
-    for key in ("train", "validation"):
-        data[key] = [str(folder / path) for path in data.get(key) or []]
-    if data.get("encoded") not in (None, "auto"):
-        data["encoded"] = str(folder / data["encoded"])
+            if getattr(part, key, None) is not None:
+                setattr(part, key, str(folder / getattr(part, key)))
+    run.data.train = [str(folder / path) for path in run.data.train]
+    run.data.validation = [str(folder / path) for path in run.data.validation]
+    if run.data.encoded not in (None, "auto"):
+        run.data.encoded = str(folder / run.data.encoded)

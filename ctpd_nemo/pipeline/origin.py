@@ -69,9 +69,9 @@ def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if origin is not None:
         (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
-    _append(folder / STARTS, start)
     if run.from_run is not None and step == 0:
         _compare(Path(run.from_run), folder, start)
+    _append(folder / STARTS, start)
 
 
 def read_origin(folder: Path) -> Origin | None:

@@ -30,12 +30,7 @@ class ProgressBar(TQDMProgressBar):
 
     def init_train_tqdm(self) -> Tqdm:
         """The bar, as far as the run was when this process began."""
-        trainer = self.trainer
-        bar = self._bar(self.title)
-        bar.reset(trainer.max_steps)
-        bar.initial = bar.n = bar.last_print_n = trainer.global_step
-        bar.refresh()
-        return bar
+        return self._bar(self.title, total=self.trainer.max_steps, initial=self.trainer.global_step)
 
     def init_validation_tqdm(self) -> Tqdm:
         """A bar below, while it lasts."""
@@ -71,9 +66,11 @@ class ProgressBar(TQDMProgressBar):
         items.pop("v_num", None)
         return items
 
-    def _bar(self, title: str, below: bool = False) -> Tqdm:
+    def _bar(self, title: str, below: bool = False, total: int | None = None, initial: int = 0) -> Tqdm:
         return Tqdm(
             desc=title,
+            total=total,
+            initial=initial,
             position=2 * self.process_position + below,
             disable=self.is_disabled,
             leave=not below,

@@ -14,7 +14,7 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
 from ctpd_nemo.pipeline.places import Places
 from ctpd_nemo.pipeline.progress import ProgressBar, ProgressLines
-from ctpd_nemo.pipeline.wandb_run import WandbLine, wandb_arguments
+from ctpd_nemo.pipeline.wandb_run import WandbRun, keep_quiet, wandb_arguments
 
 
 def build_trainer(
@@ -47,7 +47,7 @@ def build_trainer(
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),  # ours, see below
         use_distributed_sampler=False,
-        callbacks=[Places(), *callbacks, WandbLine(), *_progress(run)],
+        callbacks=[Places(), *callbacks, WandbRun(), *_progress(run)],
     )
     exp_manager(
         trainer,
@@ -66,6 +66,7 @@ def build_trainer(
             "seconds_to_sleep": 0,
         },
     )
+    keep_quiet(trainer)
     return trainer
 
 

@@ -16,7 +16,8 @@ from ctpd_nemo.pipeline.rank_zero import on_rank_0
 
 logger = logging.getLogger(__name__)
 
-_ID = "wandb-id"
+# NeMo moves files in its folder aside at every start, and leaves folders.
+_ID = "wandb/run-id"
 _PROJECT = "ctpd_nemo"
 
 
@@ -45,21 +46,38 @@ def wandb_arguments(run: RunConfig, logs: Path) -> dict[str, Any]:
     }
 
 
-class WandbLine(Callback):
-    """Says where the run is shown."""
+class WandbRun(Callback):
+    """Says where the run is shown, and ends it: the next stage of a pipeline is another one."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Say it."""
-        for shown in trainer.loggers:
-            if isinstance(shown, WandbLogger) and trainer.is_global_zero:
-                place = shown.experiment.url or f"offline, in {shown.experiment.dir}"
-                logger.info("%-13s Weights & Biases: %s", Path(pl_module.run.run_dir).name, place)
+        for run in _runs(trainer):
+            place = run.url or f"offline, in {Path(run.dir).parent}"
+            logger.info("%-13s Weights & Biases: %s", Path(pl_module.run.run_dir).name, place)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        """End it; where the job fails the process ends, and wandb tells it from that."""
+        for run in _runs(trainer):
+            run.finish()
+
+
+def _runs(trainer: pl.Trainer) -> list[Any]:
+    """Those of rank 0, which alone has one."""
+    shown = [each for each in trainer.loggers if isinstance(each, WandbLogger)] if trainer.is_global_zero else []
+    return [each.experiment for each in shown]
+
+
+def keep_quiet(trainer: pl.Trainer) -> None:
+    """Leave out an argument that Lightning gives to every run, unset, and which wandb warns has no effect."""
+    for shown in trainer.loggers:
+        if isinstance(shown, WandbLogger) and shown._wandb_init.get("anonymous") is None:
+            shown._wandb_init.pop("anonymous", None)
 
 
 def _kept_id(logs: Path) -> str:
     """The id that an earlier start has left, or a new one."""
     path = logs / _ID
     if not path.exists():
-        logs.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, uuid.uuid4().hex[:12] + "\n")
     return path.read_text(encoding="utf-8").strip()

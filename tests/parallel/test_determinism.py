@@ -11,7 +11,9 @@ from ctpd_nemo.models.gpt import transformer_config
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
-from tests.parallel.test_norm import ARCHITECTURE
+from tests.convert.test_layout import make_architecture
+
+ARCHITECTURE = make_architecture(heads_per_group=2, groups=2, head_dim=8, width=8, tied=True)
 
 VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0", "NCCL_ALGO": "Ring"}
 
@@ -35,7 +37,9 @@ def test_torch_megatron_and_the_libraries_of_a_gpu_are_told() -> None:
     assert config.deterministic_mode
     set_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
-    assert not transformer_config(ARCHITECTURE, ParallelConfig(), PrecisionConfig(dtype="fp32"), False).deterministic_mode
+    assert not transformer_config(
+        ARCHITECTURE, ParallelConfig(), PrecisionConfig(dtype="fp32"), False
+    ).deterministic_mode
 
 
 def test_a_choice_that_serves_as_well_stays(monkeypatch: pytest.MonkeyPatch) -> None:

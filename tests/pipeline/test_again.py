@@ -1,6 +1,7 @@
 """``--from-run``: which command lines name a run, and which folders have one."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,6 @@ def test_a_flag_without_one_folder_is_named(arguments: list[str], found: str) ->
 
 def written(folder: Path, *overrides: str, ran_in: str | None = None) -> Path:
     """A run folder with the record of a job."""
-    from dataclasses import asdict
-
     folder.mkdir()
     config = asdict(run_config(composed("train", [f"run_dir={folder}", *overrides])))
     (folder / "config.json").write_text(json.dumps(config))
@@ -82,9 +81,22 @@ def test_a_folder_without_a_record_of_training_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty/config\.json: found no such file; expected the config that a job"):
         offer_config(str(tmp_path / "empty"))
-    (tmp_path / "empty" / "config.json").write_text('{"method": {"name": "score"}}')
-    with pytest.raises(InputError, match=r"config\.json, method\.name: found 'score'; expected a method that trains"):
-        offer_config(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "found"),
+    [
+        ({"method": {"name": "score", "cache": "c", "reference": "r"}}, "method.name", "'score'"),
+        ({"method": "sft"}, "method.name", "None"),
+        ({"method": {"name": "sft"}, "model": []}, "model", "[]"),
+        ({"method": {"name": "sft"}, "optim": {"rate": 1}}, "optim.rate", "a key that is not known"),
+    ],
+)
+def test_a_config_of_no_training_is_named(config: dict[str, object], place: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        offer_config(str(tmp_path))
+    assert (error.value.place, error.value.found) == (f"{tmp_path}/config.json, {place}", found)
 
 
 def test_the_tool_ends_with_one_line(tmp_path: Path) -> None:

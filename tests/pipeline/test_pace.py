@@ -97,7 +97,7 @@ def test_the_warning_names_step_and_rates(monkeypatch: pytest.MonkeyPatch, caplo
         run.steps(40, 10.0)
         run.steps(40, 40.0)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "run           step 45: tokens/s fell to 25, less than half of the usual 100")
+        ("WARNING", "run           step 46: tokens/s fell to 25, less than half of the usual 100")
     ]
 
 

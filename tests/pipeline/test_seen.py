@@ -128,7 +128,7 @@ def test_the_last_heartbeat_says_that_the_job_is_done(gone_on: Path) -> None:
     told = json.loads((gone_on / "heartbeat.json").read_text())
     assert (told["state"], told["step"], told["steps"]) == ("finished", STEPS, STEPS)
     assert Path(told["last_checkpoint"]).name == f"step-{STEPS:08d}"
-    assert told["tokens_per_second"] is None, "both steps that this process did follow a checkpoint or its start"
+    assert told["tokens_per_second"] > 0
 
 
 def test_on_a_terminal_the_bar_goes_over_the_whole_run(
@@ -192,7 +192,7 @@ def test_a_run_that_goes_on_is_one_run_of_weights_and_biases(
     for _ in range(2):
         sft(world, run_dir, "trainer.wandb=a-project")
         cut_back(run_dir)
-    kept = (run_dir / "logs" / "wandb-id").read_text().strip()
+    kept = (run_dir / "logs" / "wandb" / "run-id").read_text().strip()
     runs = [path.name for path in (run_dir / "logs" / "wandb").glob("offline-run-*")]
     assert len(runs) == 2
     assert all(name.endswith(f"-{kept}") for name in runs)
