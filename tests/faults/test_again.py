@@ -81,3 +81,13 @@ def test_what_is_not_as_it_was_is_told(zygote: Zygote, first: Path, tmp_path: Pa
     assert names == ["torch", "apex", "data", "commit"]
     assert told[0] == f"torch is {torch.__version__}, where {old} had 1.0"
     assert told[1] == f"apex is none, where {old} had 0.1"
+
+
+def test_a_folder_without_a_run_is_one_line_and_status_2(zygote: Zygote, tmp_path: Path) -> None:
+    made = Job(zygote, tmp_path, "train.py", ["--from-run", str(tmp_path / "none")], 2)
+    statuses, _ = made.run(fault={})
+    told = [line for log in tmp_path.glob("rank-*.log") for line in log.read_text().splitlines()]
+    expected = "expected the config that a job wrote into its run folder"
+    assert statuses == [2, 2]
+    assert told == [f"error: {tmp_path}/none/config.json: found no such file; {expected}"]
+    assert {path.name for path in tmp_path.iterdir()} == {"rank-0.log", "rank-1.log"}

@@ -11,7 +11,6 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.again import CONFIG_NAME, offer_config, take_flag
 from ctpd_nemo.pipeline.config import run_config
 from tests.pipeline.recipe import composed
-from tests.pipeline.tool import run_tool
 
 
 @pytest.mark.parametrize(
@@ -97,13 +96,3 @@ def test_a_config_of_no_training_is_named(config: dict[str, object], place: str,
     with pytest.raises(InputError) as error:
         offer_config(str(tmp_path))
     assert (error.value.place, error.value.found) == (f"{tmp_path}/config.json, {place}", found)
-
-
-def test_the_tool_ends_with_one_line(tmp_path: Path) -> None:
-    status, stdout, stderr = run_tool("train.py", ["--from-run", str(tmp_path / "none")], tmp_path)
-    assert (status, stdout) == (2, "")
-    assert stderr.splitlines() == [
-        f"error: {tmp_path}/none/config.json: found no such file; expected the config that a job wrote into its "
-        "run folder"
-    ]
-    assert not list(tmp_path.iterdir())
