@@ -35,7 +35,7 @@ _PATIENCE, _LEAST_PATIENCE = 10, 60.0
 class Heartbeat(Callback):
     """Writes the heartbeat of a training or scoring job; rank 0 does it."""
 
-    def __init__(self, folder: Path, timeout_minutes: int, pace: Pace | None = None) -> None:
+    def __init__(self, folder: Path, timeout_minutes: float, pace: Pace | None = None) -> None:
         """Args:
         folder: The run folder, with its ``checkpoints`` where it has some.
         timeout_minutes: After so long a collective that does not return ends the job.
