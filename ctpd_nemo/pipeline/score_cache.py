@@ -32,7 +32,7 @@ from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
 from ctpd_nemo.parallel.checkpoint_files import flush
-from ctpd_nemo.pipeline.score_sums import has_its_sum, with_sum
+from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import check_scores, check_tables
 
 FINGERPRINTS = (
@@ -138,7 +138,7 @@ class ScoreWriter:
             schema=_SCHEMA,
         )
         check_scores(str(path), table, ROLES[role].margin_of is None)
-        write_renamed(path, lambda writing: pq.write_table(with_sum(table), writing))
+        write_renamed(path, lambda writing: pq.write_table(with_sums(table), writing))
 
 
 class ScoreReader:
@@ -204,13 +204,11 @@ class ScoreReader:
                 raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
-                whole = has_its_sum(table, pq.read_schema(path))
+                schema = pq.read_schema(path)
             except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
-            if not whole:
-                found = "other scores than were written (their checksum differs)"
-                raise InputError(str(path), found, "a whole shard; remove it and score again")
+            check_sums(str(path), table, schema)
             for name in _SCHEMA.names:
                 if table[name].null_count:
                     raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
+from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import ROUNDING, owner
 
 Float32Array = NDArray[np.float32]
@@ -123,7 +124,7 @@ class TopKWriter:
             }
         )
         _check_numbers(path, table)
-        write_renamed(path, lambda writing: pq.write_table(table, writing))
+        write_renamed(path, lambda writing: pq.write_table(with_sums(table), writing))
 
 
 class TopKReader:
@@ -173,9 +174,11 @@ class TopKReader:
         )
         try:
             table = pq.read_table(path, columns=schema.names).cast(schema)
+            stored = pq.read_schema(path)
         except (pa.ArrowException, OSError, ValueError) as error:
             found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
             raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
+        check_sums(str(path), table, stored)
         for name in schema.names:
             if table[name].null_count:
                 raise InputError(str(path), f"{table[name].null_count} rows without {name}", "values in every row")

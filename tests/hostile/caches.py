@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ctpd_nemo.parallel.checkpoint_files import write_manifest
-from ctpd_nemo.pipeline.score_sums import with_sum
+from ctpd_nemo.pipeline.score_sums import with_sums
 from tests.hostile.case import Case, Scene, Values
 
 Edit = Callable[[Path], object]
@@ -54,7 +54,7 @@ def _removed(name: str) -> Edit:
 
 
 def _table(change: Callable[[pa.Table], pa.Table]) -> Edit:
-    return lambda folder: pq.write_table(with_sum(change(pq.read_table(folder / SHARD))), folder / SHARD)
+    return lambda folder: pq.write_table(with_sums(change(pq.read_table(folder / SHARD))), folder / SHARD)
 
 
 def _chosen(change: Callable[[list[list[Any]]], Any]) -> Edit:

@@ -17,7 +17,7 @@ from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighting import WEIGHTINGS
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
-from ctpd_nemo.pipeline.score_sums import with_sum
+from ctpd_nemo.pipeline.score_sums import with_sums
 
 PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
 WEIGHTS = {role: f"weights of {role}" for role in ("reference", "positive", "negative")}
@@ -355,7 +355,7 @@ def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     table = pq.read_table(path)
     chosen = table["chosen"].to_pylist()
     chosen[1][0] = math.nan
-    pq.write_table(with_sum(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
+    pq.write_table(with_sums(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
     with pytest.raises(InputError, match=r"negative-00001.parquet, pair 'pair-4', chosen, span 0: found nan"):
         read(tmp_path)
 
@@ -426,7 +426,7 @@ def test_a_log_prob_above_zero_is_never_read(tmp_path: Path) -> None:
     table = pq.read_table(path)
     rejected = table["rejected"].to_pylist()
     rejected[0][-1] = 0.25
-    pq.write_table(with_sum(table.set_column(2, "rejected", [rejected]).cast(table.schema)), path)
+    pq.write_table(with_sums(table.set_column(2, "rejected", [rejected]).cast(table.schema)), path)
     last = len(rejected[0]) - 1
     with pytest.raises(InputError, match=f"positive-00002.parquet, pair 'pair-6', rejected, span {last}: found 0.25"):
         read(tmp_path)

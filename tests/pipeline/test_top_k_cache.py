@@ -12,6 +12,7 @@ import pytest
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS
+from ctpd_nemo.pipeline.score_sums import with_sums
 from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKReader, TopKWriter
 
 PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
@@ -58,6 +59,28 @@ def test_what_is_no_log_prob_is_never_written(name: str, cache: TopKWriter) -> N
     assert [path.name for path in cache.folder.iterdir()] == ["top_k.json"]
 
 
+def changed(table: pa.Table, column: str, change: Callable[[list[list[Any]]], Any]) -> pa.Table:
+    rows = table[column].to_pylist()
+    change(rows)
+    number = table.schema.get_field_index(column)
+    return table.set_column(number, column, pa.array(rows, table.schema.field(column).type))
+
+
+@pytest.mark.parametrize("column", ["logprobs", "tail"])
+def test_what_was_not_written_is_never_read(column: str, cache: TopKWriter) -> None:
+    cache.write(0, [pair("a"), pair("b")])
+    path = cache.folder / "top_k-00000.parquet"
+    table = pq.read_table(path)
+    # A value that could be one, and an end that is elsewhere.
+    for change in (lambda rows: rows[0].__setitem__(0, rows[0][0] / 2), lambda rows: rows[1].insert(0, rows[0].pop())):
+        pq.write_table(changed(table, column, change), path)
+        with pytest.raises(InputError, match=f"top_k-00000.parquet, {column}: found .*checksum differs"):
+            TopKReader(cache.folder, PRINTS, "weights")
+    pq.write_table(table.replace_schema_metadata(None), path)
+    with pytest.raises(InputError, match=r"top_k-00000.parquet: found no checksums"):
+        TopKReader(cache.folder, PRINTS, "weights")
+
+
 @pytest.mark.parametrize(
     ("column", "change", "said"),
     [
@@ -74,10 +97,6 @@ def test_what_is_no_log_prob_is_never_read(
     cache.write(0, [pair("a"), pair("b")])
     assert TopKReader(cache.folder, PRINTS, "weights").lookup("b")[0].shape == (TOKENS, K)
     path = cache.folder / "top_k-00000.parquet"
-    table = pq.read_table(path)
-    rows = table[column].to_pylist()
-    change(rows)
-    number = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(number, column, pa.array(rows, table.schema.field(column).type)), path)
+    pq.write_table(with_sums(changed(pq.read_table(path), column, change)), path)
     with pytest.raises(InputError, match=f"top_k-00000.parquet, {said}"):
         TopKReader(cache.folder, PRINTS, "weights")
