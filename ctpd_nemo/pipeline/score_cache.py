@@ -208,10 +208,10 @@ class ScoreReader:
             except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
-            check_sums(str(path), table, schema)
             for name in _SCHEMA.names:
                 if table[name].null_count:
                     raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")
+            check_sums(str(path), table, schema)
             check_scores(str(path), table, ROLES[role].margin_of is None)
             tables.append(table)
         return pa.concat_tables(tables).combine_chunks()

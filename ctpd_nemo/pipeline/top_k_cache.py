@@ -178,10 +178,10 @@ class TopKReader:
         except (pa.ArrowException, OSError, ValueError) as error:
             found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
             raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
-        check_sums(str(path), table, stored)
         for name in schema.names:
             if table[name].null_count:
                 raise InputError(str(path), f"{table[name].null_count} rows without {name}", "values in every row")
+        check_sums(str(path), table, stored)
         _check_numbers(path, table)
         return table
 
