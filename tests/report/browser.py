@@ -79,7 +79,7 @@ class Browser:
             self._call("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key})
 
     def screenshot(self, path: Path, whole: bool = True) -> bytes:
-        """A picture of the page, as PNG, once two in a row are equal: fonts of rare letters come later than the page."""
+        """A picture of the page, as PNG, once two in a row are equal: fonts of rare letters come after the page."""
         before, data = b"", self._picture(whole)
         while data != before:
             time.sleep(0.1)
