@@ -57,6 +57,8 @@ def is_first() -> bool:
     Errors may meet every rank, or one alone; and where one has ended, the others fail for want of it.
     """
     if dist.is_initialized():
+        if dist.get_world_size() == 1:
+            return True
         try:
             return dist.distributed_c10d._get_default_store().add(_ENDED, 1) == 1
         except RuntimeError:
