@@ -13,6 +13,12 @@ import torch
 
 # Where Python code of torch and Megatron waits for other ranks: collectives, and messages between pipeline stages.
 _WAITING = ("torch/distributed/distributed_c10d.py", "megatron/core/pipeline_parallel/p2p_communication.py")
+# Torch 2.9 has new names, and warns of those before.
+_BUFFER_SIZE, _DUMP_FILE = (
+    ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE")
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
+    else ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+)
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 # Of each frame, innermost first: file, line, function, and the instruction in it.
@@ -57,16 +63,13 @@ def record_collectives() -> None:
 
     The variables of the environment are torch's only way to say it; those that are set stay.
     """
-    # The names that torch 2.13 reads first, and those of before.
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
-        os.environ.setdefault(name, "2000")
+    os.environ.setdefault(_BUFFER_SIZE, "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def name_records(prefix: Path) -> None:
     """Where NCCL's watchdog writes; the name ends in the rank."""
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ[name] = str(prefix)
+    os.environ[_DUMP_FILE] = str(prefix)
 
 
 def flight_record() -> bytes:
