@@ -8,6 +8,7 @@ and the processes end with status 1. A rank that is busy while nobody waits for 
 
 import atexit
 import faulthandler
+import functools
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ctpd_nemo.parallel.standstill import Standstill, flight_record, name_records
+from ctpd_nemo.parallel.standstill import Standing, Standstill, flight_record, name_records
 
 T = TypeVar("T")
 
@@ -95,12 +96,13 @@ class HangWatch:
     def _run(self) -> None:
         while not self._ended.wait(self._beat_seconds):
             standing = self._standstill.look()
-            if self._answer(self._say) or (standing.waits and standing.seconds >= self._limit):
+            alarmed = self._answer(functools.partial(self._say, standing))
+            if alarmed or (standing.waits and standing.seconds >= self._limit):
                 self._alarm()
 
-    def _say(self) -> bool:
+    def _say(self, standing: Standing) -> bool:
         """Write down what this rank is at; whether some rank has raised the alarm."""
-        standing, self._beats = self._standstill.look(), self._beats + 1
+        self._beats += 1
         process = f"{socket.gethostname()}, process {os.getpid()}"
         seconds = time.monotonic() - self._since
         report = Report(self._beats, time.time(), self._place, seconds, standing.line, standing.waits, process)
@@ -140,7 +142,8 @@ class HangWatch:
         for _ in range(3):
             # Whoever still runs is heard of.
             time.sleep(self._beat_seconds)
-            self._answer(self._say)
+            standing = self._standstill.look()
+            self._answer(functools.partial(self._say, standing))
         after = self._answer(self._read) if before else None
         told = self._answer(lambda: self._store.add("hang/told", 1)) if after else None
         if before and after:

@@ -44,17 +44,25 @@ class Standstill:
     """Looks at this process now and then, from another thread than the main one."""
 
     def __init__(self) -> None:
-        self._seen: tuple[Stack, int] | None = None
+        self._stack: Stack = ()
+        self._newest: int | None = None
         self._since = time.monotonic()
 
     def look(self) -> Standing:
-        """What the main thread is at; it has moved where its stack or the last collective is another than before."""
-        stack, newest = _main_stack(), _newest_collectives()
-        seen = stack, max((entry["record_id"] for entry in newest), default=0)
-        now = time.monotonic()
-        if seen != self._seen:
-            self._seen, self._since = seen, now
-        waits = any(not _is_done(entry) for entry in newest) or (bool(stack) and stack[0][0].endswith(_WAITING))
+        """What the main thread is at; it has moved where its stack or the last collective is another than before.
+
+        The record of collectives takes tens of milliseconds to read: it is read where the stack is as it was.
+        """
+        stack, now = _main_stack(), time.monotonic()
+        waits = bool(stack) and stack[0][0].endswith(_WAITING)
+        if stack != self._stack:
+            self._stack, self._newest, self._since = stack, None, now
+        else:
+            last_of_groups = _newest_collectives()
+            newest = max((entry["record_id"] for entry in last_of_groups), default=0)
+            if newest != self._newest:
+                self._newest, self._since = newest, now
+            waits |= any(not _is_done(entry) for entry in last_of_groups)
         return Standing(_line(stack), waits, now - self._since)
 
 
