@@ -19,6 +19,7 @@ from ctpd_nemo.convert.load import load_hf_weights
 from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch, StepStats
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.bad_steps import BadSteps
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.data_wait import DataWait
@@ -40,7 +41,7 @@ from ctpd_nemo.parallel.userbuffers import prepare_userbuffers
 logger = logging.getLogger(__name__)
 
 # Values of a method's config that name a folder.
-_FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
+FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
 
 
 class MegatronModel(ModelPT):
@@ -54,11 +55,13 @@ class MegatronModel(ModelPT):
         run: The configuration.
         run_data: Datasets, encoder and loaders.
         last_metrics: Of the last training step, means over its global batch.
+        last_losses: Its losses by microbatch, on the last pipeline stage; empty on the others.
         last_weights: Histogram of that step's span weights, see ``weight_histogram``.
         last_stats: What went into that step, and what was left out of it.
         last_validation: Of the last pass over the held-out pairs.
         data_wait: How long steps have waited for their data.
         failed_checkpoints: How many could not be written since this process began.
+        bad_steps: Those that changed no weights, as their loss or gradient was not finite.
     """
 
     metric_names: ClassVar[tuple[str, ...]]
@@ -77,11 +80,13 @@ class MegatronModel(ModelPT):
         self.architecture = check_model(run_data.policy_path, run_data.policy, run)
         self._chunks = torch.nn.ModuleList()
         self.last_metrics: dict[str, float] = {}
+        self.last_losses: list[StepLoss] = []
         self.last_weights: dict[str, dict[str, int]] = {}
         self.last_stats = StepStats()
         self.data_wait = DataWait()
         self.last_validation: dict[str, float] = {}
         self.failed_checkpoints = 0
+        self.bad_steps = BadSteps()
         self._validation: list[StepLoss] = []
         self._validation_stats = StepStats()
 
@@ -170,7 +175,7 @@ class MegatronModel(ModelPT):
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint of this run must match to be resumed from."""
         # Folders may move; weights and score caches are compared by their content.
-        values = {key: value for key, value in vars(self.run.method).items() if key not in _FOLDERS}
+        values = {key: value for key, value in vars(self.run.method).items() if key not in FOLDERS}
         return {
             "method": repr(values),
             "optim": repr(vars(self.run.optim)),
@@ -211,9 +216,10 @@ class MegatronModel(ModelPT):
         optimizer = self.optimizers()
         optimizer.zero_grad()
         learning_rate = optimizer.lr
-        losses = self._run(batch, forward_only=False)
-        optimizer.step()
-        metrics = mean_metrics(losses, self.metric_names, local_device())
+        self.last_losses = self._run(batch, forward_only=False)
+        metrics = mean_metrics(self.last_losses, self.metric_names, local_device())
+        optimizer.step(sound=math.isfinite(metrics["loss"]))
+        self.bad_steps.add(not optimizer.updated)
         self.last_weights = self.weight_histogram(batch)
         self.last_stats = sum_over_data_parallel(batch.stats, local_device())
         seconds = time.perf_counter() - started
@@ -224,25 +230,16 @@ class MegatronModel(ModelPT):
             "tokens": float(self.last_stats.tokens),
             **_left_out(self.last_stats),
             "failed_checkpoints": float(self.failed_checkpoints),
+            "bad_steps": float(self.bad_steps.total),
             "step_seconds": seconds,
             "tokens_per_second": self.last_stats.tokens / seconds,
             "data_wait_seconds": self.data_wait.add(batch.wait_seconds, seconds),
             "data_wait_share": self.data_wait.share,
         }
-        self._check_finite()
+        # Lightning's name for where loggers put a point; it would count from 0.
+        self.log("step", float(self.trainer.global_step))
         for name, value in self.last_metrics.items():
             self.log(name, value, prog_bar=name in (*self.shown_metrics, "tokens_per_second"))
-
-    def _check_finite(self) -> None:
-        """Stop before the weights that a broken step has left replace good ones in the checkpoints.
-
-        Raises:
-            InputError: The loss or the norm of the gradient is not a number, or infinite.
-        """
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(self.last_metrics[name]):
-                place = f"{self.run.run_dir}, step {self.trainer.global_step}, {name}"
-                raise InputError(place, str(self.last_metrics[name]), "a finite number; are weights and rates sound?")
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Losses and metrics of held-out pairs, forward only."""
@@ -256,7 +253,7 @@ class MegatronModel(ModelPT):
         self._validation.clear()
         self._validation_stats = StepStats()
         self.last_validation = {f"val_{name}": value for name, value in metrics.items()}
-        self.log_dict(self.last_validation)
+        self.log_dict({**self.last_validation, "step": float(self.trainer.global_step)})
 
     def _run(self, batch: StepBatch, forward_only: bool) -> list[StepLoss]:
         device = local_device()

@@ -1,10 +1,12 @@
 """The configuration of a run, typed; each part is defined beside what it configures."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from ctpd_nemo.data.config import DataConfig
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.determinism import check_environment
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
@@ -48,7 +50,10 @@ class TrainerConfig:
         keep_best: How many more stay, of those with the best validation; with it, each validation has a checkpoint.
         best_by: What is compared: "val_loss", where less is better, or another ``val_`` metric, where more is.
         async_save: Write checkpoints while training goes on.
+        max_bad_steps: How many steps in a row may have a loss or gradient that is NaN or infinite; with so many the run
+            stops. Each changes no weights, counts in ``bad_steps`` and has its pairs in ``bad_batches.jsonl``.
         log_every: Steps between two points in TensorBoard; ``metrics.jsonl`` has every step.
+        wandb: Also log to Weights & Biases: true, or the name of a project.
         resume: Go on from the newest checkpoint in the run folder, if there is one.
     """
 
@@ -60,17 +65,21 @@ class TrainerConfig:
     keep_best: int = 0
     best_by: str = "val_loss"
     async_save: bool = False
+    max_bad_steps: int = 3
     log_every: int = 10
+    wandb: bool | str = False
     resume: bool = True
 
     def check(self) -> None:
         """Stop with an ``InputError`` that names the key of a value that makes no run."""
-        at_least = {"epochs": 1, "max_steps": 1, "keep_last": 1, "log_every": 1}
+        at_least = {"epochs": 1, "max_steps": 1, "keep_last": 1, "max_bad_steps": 1, "log_every": 1}
         at_least |= {"validate_every": 0, "checkpoint_every": 0, "keep_best": 0}
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"trainer.{name}", str(value), f"{least} or more")
+        if self.wandb and find_spec("wandb") is None:
+            raise InputError("trainer.wandb", "no package wandb", 'it: pip install -e ".[wandb]"')
         if not self.best_by.startswith("val_"):
             raise InputError("trainer.best_by", repr(self.best_by), "a metric of the held-out pairs, such as val_loss")
 
@@ -96,12 +105,16 @@ class RunConfig:
         policy: Which of the two models is trained: "student" or "teacher".
         run_dir: Folder that everything is written to.
         seed: Seeds weights that are drawn, and the order of the data.
+        deterministic: Equal bit for bit each time, on CPU and on one GPU; slower on a GPU.
+        from_run: Folder of the run that this one does again; ``tools/train.py --from-run`` sets it.
     """
 
     method: Any
     policy: str = "student"
     run_dir: str = "runs/train"
     seed: int = 0
+    deterministic: bool = False
+    from_run: str | None = None
     model: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -119,6 +132,8 @@ class RunConfig:
             raise InputError("run_dir", repr(self.run_dir), "a folder to write to")
         if not 0 <= self.seed < 2**32:
             raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
+        if self.deterministic:
+            check_environment()
         self.parallel.check(world_size)
         self.optim.check()
         self.precision.check()

@@ -104,6 +104,7 @@ def transformer_config(
         batch_p2p_comm=parallel.virtual_pipeline is None,
         # Names a dispatcher of experts, of which there are none: the default refuses variable lengths.
         moe_token_dispatcher_type="alltoall",
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         # Megatron's fusions are compiled kernels for the GPU.
         bias_activation_fusion=use_transformer_engine,
         bias_dropout_fusion=use_transformer_engine,

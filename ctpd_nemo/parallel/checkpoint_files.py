@@ -168,6 +168,11 @@ def named_checkpoints(checkpoints: str | Path) -> list[Path]:
     return sorted(path for path in Path(checkpoints).glob("step-*") if _NAME.fullmatch(path.name))
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is of, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def find_checkpoints(checkpoints: str | Path) -> list[Path]:
     """Checkpoints with a manifest and files of the sizes that it says, oldest first; their bytes are not read."""
     return [path for path in named_checkpoints(checkpoints) if find_damage(path, sums=False) is None]

@@ -3,6 +3,7 @@
 import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,11 @@ from megatron.core import parallel_state, tensor_parallel
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.cpu import enable_cpu_execution
+from ctpd_nemo.parallel.hang import GRACE_MINUTES
+from ctpd_nemo.parallel.standstill import record_collectives
+
+# A year: NCCL counts milliseconds.
+_LONGEST_MINUTES = 60 * 24 * 365
 
 
 @dataclass
@@ -29,7 +35,7 @@ class ParallelConfig:
         overlap_param_gather: Gather parameters while the forward pass goes on; needs the distributed optimizer.
         overlap_tensor: Exchange activations of tensor parallelism while the products around go on; needs sequence
             parallelism and Transformer Engine. Every microbatch is filled up to the token budget.
-        timeout_minutes: After how long a collective that does not return is an error.
+        timeout_minutes: How long ranks wait for one that does not come; then the job ends, and names it (``hang``).
     """
 
     tensor: int = 1
@@ -43,13 +49,16 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     overlap_tensor: bool = False
-    timeout_minutes: int = 30
+    timeout_minutes: float = 30.0
 
     def check(self, world_size: int) -> None:
         """Stop with an ``InputError`` where these sizes cannot make a layout of ``world_size`` processes."""
-        for name in ("tensor", "pipeline", "context", "timeout_minutes"):
+        for name in ("tensor", "pipeline", "context"):
             if getattr(self, name) < 1:
                 raise InputError(f"parallel.{name}", str(getattr(self, name)), "1 or more")
+        if not 0 < self.timeout_minutes <= _LONGEST_MINUTES:
+            expected = f"a positive number of minutes, {_LONGEST_MINUTES} at most"
+            raise InputError("parallel.timeout_minutes", str(self.timeout_minutes), expected)
         model = self.tensor * self.pipeline * self.context
         if world_size % model:
             raise InputError(
@@ -95,7 +104,7 @@ def world_size() -> int:
 
 
 # The sizes that Megatron's groups were made with; like those groups, one for the process.
-_current: dict[str, dict[str, int | None]] = {}
+_current: dict[str, dict[str, Any]] = {}
 
 
 def _destroy_groups() -> None:
@@ -117,8 +126,10 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     """
     parallel.check(world_size())
     on_cpu = enable_cpu_execution()
+    minutes = parallel.timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+        record_collectives()
+        timeout = datetime.timedelta(minutes=minutes)
         backend = "gloo" if on_cpu else "nccl"
         if not on_cpu:
             torch.cuda.set_device(local_device())
@@ -131,7 +142,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline,
         "context_parallel_size": parallel.context,
-        "distributed_timeout_minutes": parallel.timeout_minutes,
+        "distributed_timeout_minutes": minutes,
     }
     if _current.get("sizes") != sizes:
         _destroy_groups()

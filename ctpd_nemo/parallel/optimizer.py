@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from torch import Tensor
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.parallel.cpu import cuda_type_names
 from ctpd_nemo.parallel.layout import ParallelConfig
 
@@ -161,6 +162,7 @@ class LightningOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: Norm of the whole gradient at the last step, before clipping.
+        updated: Whether the last step changed the parameters; equal on every rank of the job.
     """
 
     def __init__(self, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
@@ -169,6 +171,7 @@ class LightningOptimizer(torch.optim.Optimizer):
         self.scheduler = scheduler
         self.defaults: dict[str, Any] = {}
         self.grad_norm = 0.0
+        self.updated = True
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -185,11 +188,23 @@ class LightningOptimizer(torch.optim.Optimizer):
         """The learning rate that the next step uses."""
         return self.param_groups[0]["lr"]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Update the parameters from the accumulated gradients, and advance the schedule by one step."""
+    def step(self, closure: Callable[[], Any] | None = None, sound: bool = True) -> Any:  # type: ignore[override]
+        """Update the parameters from the accumulated gradients, and advance the schedule by one step.
+
+        Where the norm of the gradient is not finite, parameters and moments stay as they are on every rank, as Megatron
+        leaves them where fp16 overflows; the schedule goes on.
+
+        Args:
+            closure: Called first.
+            sound: False on any rank leaves parameters and moments as they are, too.
+        """
         result = closure() if closure is not None else None
-        _, grad_norm, _ = self.megatron.step()
-        self.grad_norm = float(grad_norm or 0.0)
+        # Megatron's own step looks at the norm when it is too late: what clipping by NaN or infinity leaves is applied.
+        self.megatron.prepare_grads()
+        self.grad_norm = float(self.megatron.get_grad_norm() or 0.0)
+        self.updated = not any_rank(not (sound and math.isfinite(self.grad_norm)))
+        if self.updated:
+            self.megatron.step()
         self.scheduler.step(increment=1)
         return result
 

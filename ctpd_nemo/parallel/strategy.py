@@ -106,6 +106,9 @@ class MegatronStrategy(DDPStrategy):
         # run's first part for an epoch that ends with the next step, and begin the loader anew.
         progress = state.trainer["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["current"] = dict.fromkeys(progress["current"], 0)
+        # It counts a step when its hooks have run, of which one saves: counting on, loggers would fall behind by one.
+        loop = state.trainer["loops"]["fit_loop"]["epoch_loop.state_dict"]
+        loop["_batches_that_stepped"] = state.trainer["global_step"]
         return {
             **state.trainer,
             "state_dict": {},

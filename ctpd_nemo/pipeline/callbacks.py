@@ -1,79 +1,22 @@
-"""What happens beside the training loop: the metric log, progress, the report on the data."""
+"""What happens beside the training loop: the metric log, the report on the data, stopping between shards."""
 
-import datetime
-import json
 import logging
-import os
-import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core import parallel_state
 
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.agreement import any_rank
-from ctpd_nemo.parallel.checkpoint_files import write_whole
+from ctpd_nemo.pipeline.step_rows import StepRows
 from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
 
 logger = logging.getLogger(__name__)
-
-
-class ProgressLines(Callback):
-    """A line now and then, where there is no terminal to draw a bar on: the first step, the last, and some between."""
-
-    def __init__(self, title: str, seconds: float = 10.0) -> None:
-        """Args:
-        title: What the lines begin with.
-        seconds: At least so much time lies between two lines.
-        """
-        self.title = title
-        self.seconds = seconds
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._start(trainer.global_step)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the step where it is due."""
-        step, total = trainer.global_step, trainer.max_steps
-        if self._is_due(step, total):
-            shown = "  ".join(f"{name} {pl_module.last_metrics[name]:.3f}" for name in pl_module.shown_metrics)
-            rate = pl_module.last_metrics["tokens_per_second"]
-            left = self._time_left(step, total)
-            logger.info("%-13s step %d of %d  %s  %.0f tokens/s  %s left", self.title, step, total, shown, rate, left)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Start the clock."""
-        self._start(0)
-
-    def on_predict_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log the shard where it is due; replicas have as many shards as the first, or one less."""
-        done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
-        if self._is_due(done, total):
-            left = self._time_left(done, total)
-            logger.info("%-13s shard %d of %d of this replica  %s left", self.title, done, total, left)
-
-    def _start(self, step: int) -> None:
-        self._started = self._last = time.monotonic()
-        self._first_step = step
-
-    def _is_due(self, step: int, total: int) -> bool:
-        now = time.monotonic()
-        due = step in (self._first_step + 1, total) or now - self._last >= self.seconds
-        if due:
-            self._last = now
-        return due
-
-    def _time_left(self, step: int, total: int) -> datetime.timedelta:
-        per_step = (time.monotonic() - self._started) / (step - self._first_step)
-        return datetime.timedelta(seconds=round(per_step * (total - step)))
 
 
 class DataReport(Callback):
@@ -136,22 +79,21 @@ class StopBetweenShards(Callback):
 class MetricLog(Callback):
     """Appends one JSON object a step to a file; rank 0 writes.
 
-    A run that goes on from an earlier step drops the rows of steps it does again. Rows that a full disk has no room for
-    are written when there is some.
+    A run that goes on from an earlier step drops the rows of steps it does again.
     """
 
     def __init__(self, path: Path) -> None:
         """Args:
-        path: The JSON-lines file.
+        path: The JSON-lines file, see ``StepRows``.
         """
-        self.path = path
-        self._waiting: list[str] = []
+        self._rows = StepRows(path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Cut the log back to what is done; a step that was validated is validated again."""
-        if trainer.is_global_zero and self.path.exists():
-            kept = [line for line, row in _whole_rows(self.path) if _stays(row, trainer.global_step)]
-            write_whole(self.path, "".join(line + "\n" for line in kept))
+        if trainer.is_global_zero:
+            last = self._rows.cut_back(lambda row: _stays(row, trainer.global_step))
+            if last is not None:
+                _draw_again(trainer, last)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Append the step's metrics."""
@@ -165,28 +107,17 @@ class MetricLog(Callback):
         self._append(trainer, {"step": trainer.global_step, **pl_module.last_validation})
 
     def _append(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._waiting.append(json.dumps(row) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(self._waiting))
-        except OSError as error:
-            # What was written of a line would run into the next.
-            os.truncate(self.path, size)
-            logger.warning("%s: %d rows wait to be written: %s", self.path, len(self._waiting), error)
-        else:
-            self._waiting.clear()
+        if trainer.is_global_zero:
+            self._rows.append(row)
 
 
-def _whole_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines and what they hold; a process that was killed may leave half a line."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            yield line, json.loads(line)
-        except ValueError:
-            logger.warning("%s: left out, as it is no whole row: %.60s", path, line)
+def _draw_again(trainer: pl.Trainer, row: dict[str, Any]) -> None:
+    """Give TensorBoard the last step that was done: it drops that one too, as its validation may be done again."""
+    if row["step"] == trainer.global_step:
+        values = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+        for drawn in trainer.loggers:
+            if isinstance(drawn, TensorBoardLogger):
+                drawn.log_metrics(values, step=row["step"])
 
 
 def _stays(row: dict[str, Any], step: int) -> bool:

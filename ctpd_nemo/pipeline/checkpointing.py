@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Checkpointing(Callback):
         self.config = config
         self.failure: str | None = None
         self._begun_at = 0
+        self._late = False
         self._stop = StopRequest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -49,6 +51,9 @@ class Checkpointing(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save where the step is due, or where it is the last for now.
 
+        One that is due at a bad step waits for the next that changes weights: those from before stay, as many as are
+        kept.
+
         Raises:
             Stopped: The job was asked to stop, and its checkpoint is written.
         """
@@ -57,7 +62,9 @@ class Checkpointing(Callback):
             return
         self._finish(trainer, wait=False)
         stop = any_rank(self._stop.received)
-        if stop or self._is_due(step):
+        self._late |= self._is_due(step)
+        if stop or (self._late and not pl_module.bad_steps.in_a_row):
+            self._late = False
             self._save(trainer)
         if stop:
             self._finish(trainer, wait=True)
@@ -74,7 +81,8 @@ class Checkpointing(Callback):
             if value is None:
                 known = ", ".join(pl_module.last_validation)
                 raise InputError("trainer.best_by", repr(self.config.best_by), f"one of {known}")
-            if trainer.is_global_zero:
+            # A NaN is no better and no worse than anything, and JSON has no word for it.
+            if trainer.is_global_zero and math.isfinite(value):
                 values = _read_values(self.folder) | {_name(trainer.global_step): value}
                 self._tidy(values)
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.recipe import find_stages
@@ -29,6 +30,7 @@ def encode(config: DictConfig) -> list[Path]:
         InputError: A value, file or tokenizer cannot be used.
     """
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
+    watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
     folders: list[Path] = []
     for stage in find_stages(config):
         if not (config.only is None or stage.name in config.only):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from tqdm import tqdm
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import quiet
@@ -36,24 +37,37 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
             nonlocal composed
             composed = True
             quiet.after_imports()
-            run(task, config)
+            try:
+                run(task, config)
+            except Exception as error:
+                from ctpd_nemo.pipeline.failures import fail
+
+                fail(error, config.get("run_dir"))
+                sys.exit(1)
 
         @functools.wraps(task)
         def main() -> None:
             stop_at_once(0 if config_name in _GO_ON else 128 + signal.SIGTERM)
             quiet.before_imports()
             _log_to_terminal()
+            import torch.distributed as dist
             from nemo.core.config import hydra_runner
 
             conf = Path(task.__code__.co_filename).resolve().parents[1] / "conf"
             # Hydra is to raise what is wrong with a command line, not to end the process with its own words.
             os.environ["HYDRA_FULL_ERROR"] = "1"
             try:
-                hydra_runner(config_path=str(conf), config_name=config_name)(guarded)()
+                name = _from_run() if config_name == "train" else None
+                hydra_runner(config_path=str(conf), config_name=name or config_name)(guarded)()
+            except InputError as error:
+                stop(error)
             except Exception as error:
                 if composed:
                     raise
                 stop(InputError("command line", str(error), "key=value, for keys and choices in conf"))
+            # At the end of a process NCCL complains of groups that are still there.
+            if dist.is_initialized():
+                dist.destroy_process_group()
 
         return main
 
@@ -77,25 +91,36 @@ def run(task: Task, config: DictConfig) -> None:
 
 def stop(error: InputError) -> None:
     """End the process over bad input; of all processes that meet some, one says what it is."""
-    if _is_first_to_stop():
+    from ctpd_nemo.pipeline.failures import is_first, tell_launcher
+
+    if is_first():
         print(f"error: {error}", file=sys.stderr)
+    tell_launcher("bad input: see the line that begins with error:")
     sys.exit(2)
 
 
-def _is_first_to_stop() -> bool:
-    """Most errors meet every rank, but a bad row or score meets the rank whose share it is in, and no other."""
-    import torch.distributed as dist
+def _from_run() -> str | None:
+    """With ``--from-run`` the name of that run's config; the flag is taken off the command line, which Hydra reads."""
+    from ctpd_nemo.pipeline.again import offer_config, take_flag
 
-    if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("stopped by bad input", 1) == 1
+    folder, sys.argv[1:] = take_flag(sys.argv[1:])
+    return None if folder is None else offer_config(folder)
+
+
+class _AboveBars(logging.StreamHandler):
+    """Writes lines above progress bars, where there are some, and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 def _log_to_terminal() -> None:
     """This project's own messages, from rank 0."""
     logger = logging.getLogger("ctpd_nemo")
     logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveBars(sys.stderr) if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger.addHandler(handler)
     logger.propagate = False

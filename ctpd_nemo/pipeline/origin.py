@@ -1,12 +1,29 @@
-"""What a job was started with, so that a report can tell what was changed from what an experiment file says."""
+"""What a job was started with: its config, its command line, and a record of every start.
 
+``config.json`` has every value and ``origin.json`` the command line, so that a report can tell what was changed from
+what an experiment file says. ``starts.jsonl`` has a line for each start, the first and those that went on: both of
+these, what it ran on and what it read.
+"""
+
+import datetime
 import json
+import logging
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
+from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.pipeline.environment import differences, environment
+
+logger = logging.getLogger(__name__)
 
 FILE = "origin.json"
+CONFIG = "config.json"
+STARTS = "starts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -26,18 +43,35 @@ class Origin:
     overrides: list[str]
 
 
-def write_origin(folder: Path) -> None:
-    """Write down what this process was started with; nothing where it was not started by one of the tools."""
-    from hydra.core.hydra_config import HydraConfig
+def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0) -> None:
+    """Write down what this start of a job is; rank 0 does it, when the job begins its work.
 
-    if not HydraConfig.initialized():
-        return
-    hydra = HydraConfig.get()
-    choices = hydra.runtime.choices
-    origin = Origin(
-        str(hydra.job.config_name), choices.get("experiment"), choices.get("method"), list(hydra.overrides.task)
-    )
-    (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+    Args:
+        run: The configuration.
+        fingerprints: Of the data, tokenizers, templates, weights and scores that it reads.
+        step: From which it goes on.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    folder = Path(run.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    config, origin = asdict(run), _origin(run)
+    start = {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "step": step,
+        "folder": os.getcwd(),
+        **environment(),
+        "fingerprints": dict(fingerprints),
+        "origin": None if origin is None else asdict(origin),
+        "config": config,
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if origin is not None:
+        (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+    if run.from_run is not None and step == 0:
+        _compare(Path(run.from_run), folder, start)
+    _append(folder / STARTS, start)
 
 
 def read_origin(folder: Path) -> Origin | None:
@@ -53,3 +87,64 @@ def read_origin(folder: Path) -> Origin | None:
         return Origin(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(str(path), f"what no job wrote ({error})", "the command line of a job") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Every value that the job of a run folder ran with.
+
+    Raises:
+        InputError: There is no such file, or it is damaged.
+    """
+    return read_object(folder / CONFIG, "the config that a job wrote into its run folder")
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """The starts of a job that were written down as a whole, the first one first."""
+    path = folder / STARTS
+    if not path.is_file():
+        return []
+    starts = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            start = json.loads(line)
+        except ValueError:
+            # A process that was killed, or a full disk, leaves half a line.
+            continue
+        if isinstance(start, dict):
+            starts.append(start)
+    return starts
+
+
+def _origin(run: RunConfig) -> Origin | None:
+    """The command line of this process; ``None`` where it was not started by one of the tools."""
+    from hydra.core.hydra_config import HydraConfig
+
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    own = list(hydra.overrides.task)
+    if run.from_run is not None and (first := read_origin(Path(run.from_run))) is not None:
+        return Origin(first.config, first.experiment, first.method, [*first.overrides, *own])
+    choices = hydra.runtime.choices
+    return Origin(str(hydra.job.config_name), choices.get("experiment"), choices.get("method"), own)
+
+
+def _append(path: Path, start: Mapping[str, Any]) -> None:
+    """Add a line, also after one that was cut off."""
+    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(start) + "\n")
+
+
+def _compare(first: Path, folder: Path, start: Mapping[str, Any]) -> None:
+    """Warn of what is not as it was in the run that is done again."""
+    starts = read_starts(first)
+    if not starts:
+        logger.warning("%s: no record of versions and fingerprints in %s to compare with", folder, first / STARTS)
+        return
+    for name, before, now in differences(starts[-1], start):
+        logger.warning("%s: %s is %s, where %s had %s", folder, name, _shown(now), first, _shown(before))
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.evaluation.preferences import Evaluation, evaluate_folder
+from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import build_tiny_world
@@ -41,6 +42,7 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     folder = Path(config.run_dir)
+    set_deterministic(bool(config.get("deterministic")))
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     if dist.get_rank() == 0:
         build_tiny_world(folder / "world", **config.world, seed=config.seed)

@@ -27,10 +27,14 @@ from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.scorer import Float32Array, ScoreConfig, Scorer, forward_budget
 from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.models.top_k import TopKScoring
+from ctpd_nemo.parallel.determinism import set_deterministic
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
 from ctpd_nemo.pipeline.callbacks import StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.heartbeat import Heartbeat
+from ctpd_nemo.pipeline.origin import write_record
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
 from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKWriter
@@ -49,6 +53,7 @@ def score(run: RunConfig) -> Path:
         InputError: The configuration, data or weights cannot be used, or the cache that is there is of something else.
     """
     run.check(world_size())
+    set_deterministic(run.deterministic)
     method = run.method
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
@@ -58,6 +63,7 @@ def score(run: RunConfig) -> Path:
     for role, folder in folders.items():
         check_model(folder, data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
+    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
     prints, weights = score_fingerprints(data, run.precision.name), weights_fingerprints(folders)
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
     top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
@@ -74,13 +80,19 @@ def score(run: RunConfig) -> Path:
     todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if missing([role])})
     if not todo:
         logger.info("%s: no shard to score", cache)
-    trainer = build_trainer(run, total_steps=1, callbacks=[StopBetweenShards()]) if todo else None
+    else:
+        weighed = {f"{role}_weights": told for role, told in weights.items()}
+        on_rank_0(lambda: write_record(run, {**prints, **weighed}))
+    heartbeat = Heartbeat(Path(run.run_dir), run.parallel.timeout_minutes)
+    trainer = build_trainer(run, total_steps=1, callbacks=[StopBetweenShards(), heartbeat]) if todo else None
     for roles in _passes(run, todo):
         assert trainer is not None
         shards = on_rank_0(functools.partial(missing, roles))
         logger.info("%s: %d of %d shards to score, %s", cache, len(shards), writer.n_shards, " and ".join(roles))
         _pass(data, {role: todo[role] for role in roles}, shards, writer, trainer, top_k)
     dist.barrier()
+    if trainer is not None and trainer.is_global_zero:
+        heartbeat.end("finished")
     return cache
 
 

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
+from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
 from ctpd_nemo.parallel.checkpoint_files import flush
-from ctpd_nemo.pipeline.score_sums import has_its_sum, with_sum
-from ctpd_nemo.pipeline.score_tables import check_tables
+from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
+from ctpd_nemo.pipeline.score_tables import check_scores, check_tables
 
 FINGERPRINTS = (
     "data",
@@ -125,10 +126,9 @@ class ScoreWriter:
         """Write one shard of one role.
 
         Raises:
-            InputError: A score is not finite.
+            InputError: A score is not finite, or a log-prob above 0.
         """
-        for pair in pairs:
-            _check_finite(f"{self.folder}, {role}", pair)
+        path = _shard_path(self.folder, role, shard)
         table = pa.table(
             {
                 "pair_id": [pair.pair_id for pair in pairs],
@@ -137,7 +137,8 @@ class ScoreWriter:
             },
             schema=_SCHEMA,
         )
-        write_renamed(_shard_path(self.folder, role, shard), lambda path: pq.write_table(with_sum(table), path))
+        check_scores(str(path), table, ROLES[role].margin_of is None)
+        write_renamed(path, lambda writing: pq.write_table(with_sums(table), writing))
 
 
 class ScoreReader:
@@ -168,7 +169,7 @@ class ScoreReader:
             more: Other caches, for roles that the first does not hold.
 
         Raises:
-            InputError: No cache, a role or shard that is missing, or scores of something else.
+            InputError: No cache, a role or shard that is missing, scores of something else, or what cannot be a score.
         """
         self.folder = Path(folder)
         self._weighting = Weighting() if method is None else method.weighting(seed)
@@ -203,16 +204,15 @@ class ScoreReader:
                 raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
                 table = pq.read_table(path, schema=_SCHEMA)
-                whole = has_its_sum(table, pq.read_schema(path))
+                schema = pq.read_schema(path)
             except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
-            if not whole:
-                found = "other scores than were written (their checksum differs)"
-                raise InputError(str(path), found, "a whole shard; remove it and score again")
             for name in _SCHEMA.names:
                 if table[name].null_count:
                     raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")
+            check_sums(str(path), table, schema)
+            check_scores(str(path), table, ROLES[role].margin_of is None)
             tables.append(table)
         return pa.concat_tables(tables).combine_chunks()
 
@@ -226,7 +226,7 @@ class ScoreReader:
         """Scores of a pair in each role that the method asks for, its reference first.
 
         Raises:
-            InputError: The cache does not hold the pair, a score is not finite, or roles have other numbers of spans.
+            InputError: The cache does not hold the pair, or roles have other numbers of spans.
         """
         scored = {role: self._pair(role, pair_id) for role in self._roles}
         spans = {role: _numbers(scores) for role, scores in scored.items()}
@@ -241,7 +241,7 @@ class ScoreReader:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each.
 
         Raises:
-            InputError: As of ``pair_scores``, or there are not as many scores as spans.
+            InputError: As of ``pair_scores``; there are not as many scores as spans, or a weight is not finite.
         """
         scored = self.pair_scores(pair.id)
         reference = scored[self._roles[0]]
@@ -250,7 +250,17 @@ class ScoreReader:
             place = f"{self._folders[self._roles[0]]}, {self._roles[0]}, pair {pair.id!r}"
             raise InputError(place, f"{_numbers(reference)} spans", f"{expected}, as the responses have")
         both = {role: (scores.chosen, scores.rejected) for role, scores in scored.items()}
-        return reference.chosen, reference.rejected, *self._weighting.pair_weights(both, pair)
+        weights = self._weighting.pair_weights(both, pair)
+        self._check_weights(pair.id, weights)
+        return reference.chosen, reference.rejected, *weights
+
+    def _check_weights(self, pair_id: str, weights: Sequence[Float32Array]) -> None:
+        for name, response in zip(("chosen", "rejected"), weights, strict=True):
+            if not np.isfinite(response).all():
+                at = int(np.flatnonzero(~np.isfinite(response))[0])
+                place = f"{self.folder}, weights {self._weighting.name} of pair {pair_id!r}, {name}, span {at}"
+                expected = "a finite weight; are method.weight_scale, weight_lower and weight_upper sound?"
+                raise InputError(place, str(response[at]), expected)
 
     def _pair(self, role: str, pair_id: str) -> PairScores:
         row = self._rows[role].get(pair_id)
@@ -262,9 +272,7 @@ class ScoreReader:
         chosen, rejected = (
             table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32) for name in ("chosen", "rejected")
         )
-        pair = PairScores(pair_id, chosen, rejected)
-        _check_finite(f"{self._folders[role]}, {role}", pair)
-        return pair
+        return PairScores(pair_id, chosen, rejected)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -317,14 +325,6 @@ def _digest(content: object) -> str:
 def _numbers(scores: PairScores) -> list[int]:
     """Spans of chosen and rejected."""
     return [len(scores.chosen), len(scores.rejected)]
-
-
-def _check_finite(place: str, pair: PairScores) -> None:
-    for name in ("chosen", "rejected"):
-        scores = getattr(pair, name)
-        if not np.isfinite(scores).all():
-            at = int(np.flatnonzero(~np.isfinite(scores))[0])
-            raise InputError(f"{place}, pair {pair.pair_id!r}, {name}, span {at}", str(scores[at]), "a finite score")
 
 
 def _rows_by_id(table: pa.Table) -> dict[str, int]:

@@ -30,6 +30,8 @@ from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.parallel.determinism import set_deterministic
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
@@ -83,8 +85,10 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     # What the libraries hold lives as long as the process; Megatron-Core searches it for garbage at every checkpoint.
     gc.collect()
     gc.freeze()
+    set_deterministic(bool(config.get("deterministic")))
     # The first call makes the default group, and its limit of time is for good.
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
+    watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
     for stage in stages:

@@ -21,11 +21,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
+from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
+from ctpd_nemo.pipeline.score_tables import ROUNDING, owner
 
 Float32Array = NDArray[np.float32]
 
@@ -109,11 +112,9 @@ class TopKWriter:
         """Write one shard.
 
         Raises:
-            InputError: A log-prob is not finite.
+            InputError: A log-prob is not finite, or above 0; what is left of the probabilities is no probability.
         """
-        for pair in pairs:
-            if not np.isfinite(pair.logprobs).all():
-                raise InputError(f"{self.folder}, top_k, pair {pair.pair_id!r}", "a log-prob that is not finite", "one")
+        path = _shard_path(self.folder, shard)
         table = pa.table(
             {
                 "pair_id": [pair.pair_id for pair in pairs],
@@ -122,7 +123,8 @@ class TopKWriter:
                 "tail": _lists([pair.tail for pair in pairs], pa.float32()),
             }
         )
-        write_renamed(_shard_path(self.folder, shard), lambda path: pq.write_table(table, path))
+        _check_numbers(path, table)
+        write_renamed(path, lambda writing: pq.write_table(with_sums(table), writing))
 
 
 class TopKReader:
@@ -142,7 +144,8 @@ class TopKReader:
             teacher_weights: Fingerprint of the teacher's weights, where the run names their folder.
 
         Raises:
-            InputError: There is none, it is of something else, or a shard is missing or cannot be read.
+            InputError: There is none, it is of something else, a shard is missing or cannot be read, or holds what
+                cannot be a log-prob or a probability.
         """
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
@@ -171,12 +174,15 @@ class TopKReader:
         )
         try:
             table = pq.read_table(path, columns=schema.names).cast(schema)
+            stored = pq.read_schema(path)
         except (pa.ArrowException, OSError, ValueError) as error:
             found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
             raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
         for name in schema.names:
             if table[name].null_count:
                 raise InputError(str(path), f"{table[name].null_count} rows without {name}", "values in every row")
+        check_sums(str(path), table, stored)
+        _check_numbers(path, table)
         return table
 
     def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array]:
@@ -196,6 +202,28 @@ class TopKReader:
             found = f"{len(logprobs)} log-probs of {len(tail)} tokens"
             raise InputError(f"{self.folder}, top_k, pair {pair_id!r}", found, f"{self.k} of each")
         return logprobs.reshape(-1, self.k), tail
+
+
+def _check_numbers(path: Path, table: pa.Table) -> None:
+    """Look at every number of a shard, as it is written and as it is read; in half precision, as it lies there.
+
+    Raises:
+        InputError: It names the pair.
+    """
+    for name, most, expected in (
+        ("logprobs", ROUNDING, "a finite log-prob, which is 0 or less"),
+        ("tail", 1 + ROUNDING, "what other words' probabilities add up to, from 0 to 1"),
+    ):
+        values = pc.list_flatten(table[name]).to_numpy()
+        # A null among them becomes NaN.
+        sound = np.isfinite(values) & (values <= most)
+        if name == "tail":
+            sound &= values >= 0
+        if not sound.all():
+            at = int(np.flatnonzero(~sound)[0])
+            lengths = pc.list_value_length(table[name]).to_numpy().astype(np.int64)
+            pair_id, place = owner(table["pair_id"], lengths, at)
+            raise InputError(f"{path}, pair {pair_id!r}, {name}, {place}", str(values[at]), expected)
 
 
 def top_k_is_whole(folder: str | Path) -> bool:

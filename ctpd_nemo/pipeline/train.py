@@ -1,11 +1,10 @@
 """One training job: from a configuration to a distributed checkpoint, which ``export`` turns into a folder."""
 
-import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from ctpd_nemo.errors import InputError
@@ -17,13 +16,18 @@ from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import SpanDraws
-from ctpd_nemo.parallel.checkpoint_files import find_checkpoints, named_checkpoints
+from ctpd_nemo.parallel.checkpoint_files import find_checkpoints, named_checkpoints, step_of
+from ctpd_nemo.parallel.determinism import set_deterministic
+from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, world_size
+from ctpd_nemo.pipeline.bad_steps import BadStepReport
 from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
-from ctpd_nemo.pipeline.origin import write_origin
+from ctpd_nemo.pipeline.heartbeat import Heartbeat
+from ctpd_nemo.pipeline.origin import write_record
+from ctpd_nemo.pipeline.pace import PaceWatch
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.top_k_cache import TopKReader
@@ -43,6 +47,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         InputError: The configuration, data or weights cannot be used; nothing was trained.
     """
     run.check(world_size())
+    set_deterministic(run.deterministic)
     method = METHODS.get(run.method.name)
     if method is None:
         raise InputError("method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
@@ -55,6 +60,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
         check_model(path, data.encoder.policy if reads_as_policy else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
+    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
     use_encoded(data)
     if reference == "cache" and isinstance(run.method, DistillationConfig):
         data.top_k = _open_top_k(run, data)
@@ -67,20 +73,28 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     checkpoints = folder / "checkpoints"
     newest = _newest_checkpoint(run, checkpoints)
     checkpointing = Checkpointing(checkpoints, run.trainer)
+    watch = PaceWatch(folder.name)
+    heartbeat = Heartbeat(folder, run.parallel.timeout_minutes, watch.pace)
     own_callbacks = [
-        LambdaCallback(
-            on_train_start=lambda trainer, _: _write_config(run, folder) if trainer.is_global_zero else None
-        ),
+        LambdaCallback(on_train_start=lambda trainer, _: _write_record(run, data, trainer)),
         DataReport(folder.name, ", ".join(run.data.train)),
         MetricLog(folder / "metrics.jsonl"),
+        watch,
+        heartbeat,
         checkpointing,
+        BadStepReport(folder, run.trainer.max_bad_steps),
     ]
-    trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks])
+    done_steps = step_of(newest) if newest else 0
+    trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     if checkpointing.failure is not None:
+        if trainer.is_global_zero:
+            heartbeat.end("failed", error=checkpointing.failure)
         expected = "room for the last checkpoint; started again, training goes on from the one before"
         raise InputError(str(checkpoints), checkpointing.failure, expected)
+    if trainer.is_global_zero:
+        heartbeat.end("finished", step=data.total_steps, steps=data.total_steps)
     checkpoint = on_rank_0(lambda: find_checkpoints(checkpoints)[-1])
     logger.info("%-13s checkpoint: %s", folder.name, checkpoint)
     return checkpoint
@@ -131,7 +145,7 @@ def _newest_checkpoint(run: RunConfig, checkpoints: Path) -> Path | None:
     return newest_whole(checkpoints)
 
 
-def _write_config(run: RunConfig, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(run), indent=2) + "\n", encoding="utf-8")
-    write_origin(folder)
+def _write_record(run: RunConfig, data: RunData, trainer: Trainer) -> None:
+    if trainer.is_global_zero:
+        held_out = {} if data.validation is None else {"validation": data.validation.fingerprint}
+        write_record(run, {**data.fingerprints(), **held_out}, trainer.global_step)

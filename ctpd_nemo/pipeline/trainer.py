@@ -7,23 +7,30 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from nemo.utils.exp_manager import exp_manager
 
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
-from ctpd_nemo.pipeline.callbacks import ProgressLines
+from ctpd_nemo.pipeline.places import Places
+from ctpd_nemo.pipeline.progress import ProgressBar, ProgressLines
+from ctpd_nemo.pipeline.wandb_run import WandbRun, keep_quiet, wandb_arguments
 
 
-def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = ()) -> pl.Trainer:
+def build_trainer(
+    run: RunConfig, total_steps: int, callbacks: Sequence[Callback] = (), done_steps: int = 0
+) -> pl.Trainer:
     """A trainer over the processes of this job, logging to ``logs`` in ``run.run_dir``.
 
     Args:
         run: The configuration.
         total_steps: Optimizer steps; validation falls on the last where ``validate_every`` is 0.
         callbacks: Beside the progress bar.
+        done_steps: Steps that are done. What TensorBoard has of later ones is dropped, as they are done again; and what
+            it has of the last of these, which may be validated again.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    logs = Path(run.run_dir).absolute() / "logs"
     trainer = pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=processes,
@@ -38,16 +45,18 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=sys.stderr.isatty(),
+        enable_progress_bar=sys.stderr.isatty(),  # ours, see below
         use_distributed_sampler=False,
-        callbacks=[*callbacks, *_progress(run)],
+        callbacks=[Places(), *callbacks, WandbRun(), *_progress(run)],
     )
     exp_manager(
         trainer,
         {
             # A folder of its own: NeMo moves every file that it finds there into run_0, run_1, ...
-            "explicit_log_dir": str(Path(run.run_dir).absolute() / "logs"),
+            "explicit_log_dir": str(logs),
             "create_tensorboard_logger": True,
+            "summary_writer_kwargs": {"purge_step": done_steps, "default_hp_metric": False},
+            **wandb_arguments(run, logs),
             # Distributed checkpoints and their resumption are this project's own.
             "create_checkpoint_callback": False,
             "create_preemption_callback": False,
@@ -57,11 +66,11 @@ def build_trainer(run: RunConfig, total_steps: int, callbacks: Sequence[Callback
             "seconds_to_sleep": 0,
         },
     )
+    keep_quiet(trainer)
     return trainer
 
 
 def _progress(run: RunConfig) -> list[Callback]:
     """A bar on a terminal, lines in a log file."""
-    if sys.stderr.isatty():
-        return [TQDMProgressBar(refresh_rate=max(1, run.trainer.log_every))]
-    return [ProgressLines(Path(run.run_dir).name)]
+    title = Path(run.run_dir).name
+    return [ProgressBar(title) if sys.stderr.isatty() else ProgressLines(title)]

@@ -124,8 +124,9 @@ class Stop(Callback):
 def observing(observer: Observer) -> Iterator[None]:
     run_microbatches, build_trainer = base.run_microbatches, train_module.build_trainer
 
-    def with_stop(run: RunConfig, total_steps: int, callbacks: list[Callback]) -> Trainer:
-        return build_trainer(run, total_steps, [*callbacks, Stop(observer.job.get("stop", total_steps))])
+    def with_stop(run: RunConfig, total_steps: int, callbacks: list[Callback], done_steps: int) -> Trainer:
+        stop = Stop(observer.job.get("stop", total_steps))
+        return build_trainer(run, total_steps, [*callbacks, stop], done_steps)
 
     base.run_microbatches, train_module.build_trainer = observer.wrap(run_microbatches), with_stop
     try:

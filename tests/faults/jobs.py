@@ -30,8 +30,10 @@ class Job:
     arguments: list[str]
     ranks: int
 
-    def run(self, fault: dict[str, Any] | None = None) -> tuple[list[int], float]:
-        """Run it, to its end where there is no fault."""
+    def run(
+        self, fault: dict[str, Any] | None = None, spoil: dict[str, Any] | None = None, grace: float = BOUND
+    ) -> tuple[list[int], float]:
+        """Run it, to its end where there is no fault and nothing is spoilt."""
         self.folder.mkdir(parents=True, exist_ok=True)
         statuses, seconds = self.zygote.run(
             tool=self.tool,
@@ -39,9 +41,11 @@ class Job:
             ranks=self.ranks,
             folder=str(self.folder),
             fault=fault,
+            spoil=spoil,
             bound=BOUND,
+            grace=grace,
         )
-        assert fault is not None or not any(statuses), f"{statuses}\n{self.logs()}"
+        assert fault is not None or spoil is not None or not any(statuses), f"{statuses}\n{self.logs()}"
         return statuses, seconds
 
     def logs(self) -> str:

@@ -12,7 +12,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from ctpd_nemo.convert import export
 from ctpd_nemo.models import base
 from ctpd_nemo.parallel import checkpoint_files, checkpoint_writer
-from ctpd_nemo.pipeline import callbacks, score_cache, stages
+from ctpd_nemo.pipeline import score_cache, stages, step_rows
 from ctpd_nemo.pipeline.callbacks import MetricLog
 
 Where = tuple[Any, str, str]
@@ -21,7 +21,7 @@ TRAINING: dict[str, Where] = {
     "before a step": (base.MegatronModel, "training_step", "before"),
     "after a step, before its row": (MetricLog, "_append", "before"),
     "after a row": (MetricLog, "_append", "after"),
-    "in a log that is cut back": (callbacks, "write_whole", "before"),
+    "in a log that is cut back": (step_rows, "write_whole", "before"),
 }
 SAVING: dict[str, Where] = {
     "before a save": (checkpoint_writer, "_begin", "before"),

@@ -8,7 +8,9 @@ Reads jobs from standard input, a JSON object a line, and answers with ``{"statu
 - ``folder``: the working folder; standard output and error of a rank go to ``<folder>/rank-<rank>.log``.
 - ``fault``: ``null``, or which ``signal`` to send: to the ``targets``, ``seconds`` after the start or once ``file``
   has so many ``lines``, or to ``rank`` the ``nth`` time that it comes to a ``point``, see ``points``.
-- ``bound``: seconds that the whole job may take, and those that ranks may take to end once they were asked to.
+- ``spoil``: ``null``, or what goes wrong with numbers, or takes for ever, see ``spoil``.
+- ``bound``: seconds that the whole job may take.
+- ``grace``: seconds that ranks may take to end once they were asked to.
 """
 
 import json
@@ -55,8 +57,10 @@ def _run_rank(job: dict[str, Any], rank: int, port: int) -> None:
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "faults"})
     status = 1
     try:
-        from tests.faults import points
+        from tests.faults import points, spoil
 
+        if job["spoil"]:
+            spoil.install(job["spoil"], rank, folder)
         fault = job["fault"]
         if fault and "point" in fault and fault["rank"] == rank:
             points.install(fault, os.getpid())
@@ -102,7 +106,7 @@ def _supervise(job: dict[str, Any], pids: list[int]) -> list[int]:
             asked = now
             for pid in left:
                 os.kill(pid, signal.SIGTERM)
-        if left and asked is not None and now - asked > job["bound"]:
+        if left and asked is not None and now - asked > job["grace"]:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)

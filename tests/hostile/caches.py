@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 
 from ctpd_nemo.parallel.checkpoint_files import write_manifest
-from ctpd_nemo.pipeline.score_sums import with_sum
+from ctpd_nemo.pipeline.score_sums import with_sums
 from tests.hostile.case import Case, Scene, Values
 
 Edit = Callable[[Path], object]
@@ -54,7 +54,7 @@ def _removed(name: str) -> Edit:
 
 
 def _table(change: Callable[[pa.Table], pa.Table]) -> Edit:
-    return lambda folder: pq.write_table(with_sum(change(pq.read_table(folder / SHARD))), folder / SHARD)
+    return lambda folder: pq.write_table(with_sums(change(pq.read_table(folder / SHARD))), folder / SHARD)
 
 
 def _chosen(change: Callable[[list[list[Any]]], Any]) -> Edit:
@@ -157,9 +157,10 @@ CACHES: dict[str, tuple[Edit, str, str, str]] = {
         "1 rows without chosen",
         "scores in",
     ),
-    "a score that is no number": (_set(0, float("nan")), "cache, positive, pair", "nan", "a finite score"),
+    "a score that is no number": (_set(0, float("nan")), f"{SHARD}, pair", "nan", "a finite score"),
     "a score without end": (_set(1, float("-inf")), "chosen, span 1", "-inf", "a finite score"),
-    "a score that is null": (_set(0, None), "cache, positive, pair", "nan", "a finite score"),
+    "a score that is null": (_set(0, None), f"{SHARD}, pair", "nan", "a finite score"),
+    "a probability above one": (_set(1, 0.5), f"{SHARD}, pair", "0.5", "a log-prob, which is 0 or less"),
     "a span too few": (_chosen(lambda rows: rows[2].pop()), "cache, positive, pair", "spans", "as the reference has"),
     "a span too many": (_chosen(lambda rows: rows[2].append(-1.0)), "positive, pair", "spans", "as the reference has"),
     "a pair twice": (_ids(lambda ids: ids.__setitem__(1, ids[0])), "cache, positive", "twice", "each pair once"),

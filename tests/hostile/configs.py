@@ -104,6 +104,7 @@ VALUES: list[tuple[str, Any, str, str, str]] = [
     ("trainer.max_steps", -1, "trainer.max_steps", "-1", "1 or more"),
     ("trainer.checkpoint_every", -1, "trainer.checkpoint_every", "-1", "0 or more"),
     ("trainer.keep_last", 0, "trainer.keep_last", "0", "1 or more"),
+    ("trainer.max_bad_steps", 0, "trainer.max_bad_steps", "0", "1 or more"),
     ("trainer.log_every", 0, "trainer.log_every", "0", "1 or more"),
     ("model.student.path", None, "model.student.path", "nothing", "a Hugging Face folder"),
     ("model.student.path", "nowhere", "nowhere", "no such folder", "a folder with"),
@@ -121,7 +122,7 @@ VALUES: list[tuple[str, Any, str, str, str]] = [
     ("parallel.overlap_param_gather", True, "parallel.overlap_param_gather", "true", "distributed_optimizer"),
     ("parallel.recompute", "some", "parallel.recompute", "'some'", "none, selective or full"),
     ("parallel.context_communication", "mail", "parallel.context_communication", "'mail'", "p2p or a2a"),
-    ("parallel.timeout_minutes", 0, "parallel.timeout_minutes", "0", "1 or more"),
+    ("parallel.timeout_minutes", 0, "parallel.timeout_minutes", "0", "a positive number of minutes"),
     # Methods
     ("method", None, "method.name", "None", "one of sft, dpo"),
     ("method", "sft", "method.name", "None", "one of sft, dpo"),

@@ -17,7 +17,7 @@ from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighting import WEIGHTINGS
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter, read_manifest
-from ctpd_nemo.pipeline.score_sums import with_sum
+from ctpd_nemo.pipeline.score_sums import with_sums
 
 PRINTS = {name: f"print of {name}" for name in FINGERPRINTS}
 WEIGHTS = {role: f"weights of {role}" for role in ("reference", "positive", "negative")}
@@ -327,7 +327,7 @@ def test_a_flipped_byte_is_found_or_changes_nothing(tmp_path: Path) -> None:
             continue
         assert len(cache) == N_PAIRS
         for pair in expected:
-            chosen, rejected, *_ = cache.lookup(pair.pair_id)
+            chosen, rejected, *_ = cache.lookup(encoded(pair.pair_id))
             np.testing.assert_array_equal(chosen, pair.chosen, err_msg=f"byte {at}")
             np.testing.assert_array_equal(rejected, pair.rejected, err_msg=f"byte {at}")
     assert found > len(good) / 2
@@ -344,7 +344,7 @@ def test_a_score_that_is_not_finite_is_never_written(tmp_path: Path, value: floa
     cache = writer(tmp_path)
     cache.begin()
     bad = PairScores("pair-1", np.array([-1.0], np.float32), np.array([-1.0, -2.0, value], np.float32))
-    with pytest.raises(InputError, match=r"positive, pair 'pair-1', rejected, span 2: found .*finite"):
+    with pytest.raises(InputError, match=r"positive-00000.parquet, pair 'pair-1', rejected, span 2: found .*finite"):
         cache.write("positive", 0, [scores("positive")[0], bad])
     assert set(files(tmp_path)) == {"manifest.json"}
 
@@ -355,8 +355,8 @@ def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     table = pq.read_table(path)
     chosen = table["chosen"].to_pylist()
     chosen[1][0] = math.nan
-    pq.write_table(with_sum(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
-    with pytest.raises(InputError, match="negative, pair 'pair-4', chosen, span 0: found nan"):
+    pq.write_table(with_sums(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
+    with pytest.raises(InputError, match=r"negative-00001.parquet, pair 'pair-4', chosen, span 0: found nan"):
         read(tmp_path)
 
 
@@ -404,3 +404,38 @@ def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
             adding.begin()
     assert files(tmp_path) == before
     assert json.loads(before["manifest.json"])["teacher_weights"] == {"reference": WEIGHTS["reference"]}
+
+
+@pytest.mark.parametrize("role", ["reference", "student", "margin"])
+def test_a_log_prob_above_zero_is_never_written_and_a_margin_may_be(role: str, tmp_path: Path) -> None:
+    cache = writer(tmp_path, roles=ALL_ROLES)
+    cache.begin()
+    # What rounding makes of a span that is certain is let through.
+    pairs = [PairScores("pair-0", np.array([1e-4], np.float32), np.array([-1.0, 0.5], np.float32))]
+    if role == "margin":
+        cache.write(role, 0, pairs)
+        return
+    with pytest.raises(InputError, match=f"{role}-00000.parquet, pair 'pair-0', rejected, span 1: found 0.5"):
+        cache.write(role, 0, pairs)
+    assert set(files(tmp_path)) == {"manifest.json"}
+
+
+def test_a_log_prob_above_zero_is_never_read(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    path = tmp_path / "positive-00002.parquet"
+    table = pq.read_table(path)
+    rejected = table["rejected"].to_pylist()
+    rejected[0][-1] = 0.25
+    pq.write_table(with_sums(table.set_column(2, "rejected", [rejected]).cast(table.schema)), path)
+    last = len(rejected[0]) - 1
+    with pytest.raises(InputError, match=f"positive-00002.parquet, pair 'pair-6', rejected, span {last}: found 0.25"):
+        read(tmp_path)
+
+
+def test_a_weight_that_is_not_finite_names_pair_and_span(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    # 1e38 times e to the power of 80 is beyond fp32.
+    method = dataclasses.replace(CONTRASTIVE, weight_scale=1e38, weight_upper=90.0, weight_lower=80.0)
+    cache = ScoreReader(tmp_path, PRINTS, WEIGHTS, method)
+    with pytest.raises(InputError, match="weights contrastive_teacher of pair 'pair-1', chosen, span 0: found inf"):
+        cache.lookup(encoded("pair-1"))

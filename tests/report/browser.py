@@ -79,11 +79,17 @@ class Browser:
             self._call("Input.dispatchKeyEvent", {"type": kind, "key": key, "code": key})
 
     def screenshot(self, path: Path, whole: bool = True) -> bytes:
-        """A picture of the page, as PNG."""
-        answer = self._call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
-        data = base64.b64decode(answer["data"])
+        """A picture of the page, as PNG, once two in a row are equal: fonts of rare letters come after the page."""
+        before, data = b"", self._picture(whole)
+        while data != before:
+            time.sleep(0.1)
+            before, data = data, self._picture(whole)
         path.write_bytes(data)
         return data
+
+    def _picture(self, whole: bool) -> bytes:
+        answer = self._call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
+        return base64.b64decode(answer["data"])
 
     def pdf(self, path: Path) -> bytes:
         """The page as it is printed."""

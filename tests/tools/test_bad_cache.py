@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.score_sums import with_sums
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
 from tests.tools.refusal import content, edited, refused, values
@@ -101,7 +102,7 @@ def test_a_pair_that_the_cache_does_not_hold_is_named(world: TinyWorld, cache: P
     holed = Path(shutil.copytree(cache, tmp_path / "cache"))
     (shard,) = holed.glob("negative-*.parquet")
     table = pq.read_table(shard)
-    pq.write_table(table.slice(0, len(table) - 1), shard)
+    pq.write_table(with_sums(table.slice(0, len(table) - 1)), shard)
     config = values(world, tmp_path / "run", method={"name": "ctpd", "scores": str(holed)})
     missing = table["pair_id"][-1].as_py()
     with pytest.raises(InputError, match=rf"{holed}, negative: found no pair '{missing}'"):

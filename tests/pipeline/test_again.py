@@ -1,0 +1,98 @@
+"""``--from-run``: which command lines name a run, and which folders have one."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra.core.config_store import ConfigStore
+
+from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline.again import CONFIG_NAME, offer_config, take_flag
+from ctpd_nemo.pipeline.config import run_config
+from tests.pipeline.recipe import composed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder", "rest"),
+    [
+        ([], None, []),
+        (["optim.lr=1"], None, ["optim.lr=1"]),
+        (["--from-run", "runs/a"], "runs/a", []),
+        (["--from-run=runs/a", "seed=1"], "runs/a", ["seed=1"]),
+        (["seed=1", "--from-run", "runs/a", "--cfg", "job"], "runs/a", ["seed=1", "--cfg", "job"]),
+        (["--from-run=lr=1"], "lr=1", []),
+    ],
+)
+def test_the_flag_is_taken_and_the_rest_left(arguments: list[str], folder: str | None, rest: list[str]) -> None:
+    assert take_flag(arguments) == (folder, rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (["--from-run"], "nothing"),
+        (["--from-run="], "nothing"),
+        (["--from-run", "seed=1"], "'seed=1'"),
+        (["--from-run", "--help"], "'--help'"),
+        (["--from-run", "a", "--from-run=b"], "a and b"),
+    ],
+)
+def test_a_flag_without_one_folder_is_named(arguments: list[str], found: str) -> None:
+    with pytest.raises(InputError) as error:
+        take_flag(arguments)
+    assert (error.value.place, error.value.found) == ("--from-run", found)
+
+
+def written(folder: Path, *overrides: str, ran_in: str | None = None) -> Path:
+    """A run folder with the record of a job."""
+    folder.mkdir()
+    config = asdict(run_config(composed("train", [f"run_dir={folder}", *overrides])))
+    (folder / "config.json").write_text(json.dumps(config))
+    if ran_in is not None:
+        (folder / "starts.jsonl").write_text(json.dumps({"folder": ran_in}) + "\n")
+    return folder
+
+
+def offered(folder: str) -> dict[str, object]:
+    name = offer_config(folder)
+    assert name == CONFIG_NAME
+    return ConfigStore.instance().load(f"{name}.yaml").node  # type: ignore[no-any-return]
+
+
+def test_the_config_is_that_of_the_run_in_a_folder_beside_it(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", "method=dpo", "optim.lr=3e-5", "seed=4", "model.student.path=/models/student")
+    config = run_config(offered(f"{run}/"))  # type: ignore[arg-type]
+    assert (config.run_dir, config.from_run) == (f"{run}-again", str(run))
+    assert (config.method.name, config.optim.lr, config.seed) == ("dpo", 3e-5, 4)
+
+
+def test_relative_paths_are_those_of_the_folder_that_the_job_ran_in(tmp_path: Path) -> None:
+    overrides = ["method=sft", "model.student.path=student", "data.train=[a.jsonl,/b.jsonl]", "data.encoded=auto"]
+    run = written(tmp_path / "run", *overrides, ran_in="/elsewhere")
+    config = run_config(offered(str(run)))  # type: ignore[arg-type]
+    assert config.model.student.path == "/elsewhere/student"
+    assert config.data.train == ["/elsewhere/a.jsonl", "/b.jsonl"]
+    assert config.data.encoded == "auto"
+
+
+def test_a_folder_without_a_record_of_training_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty/config\.json: found no such file; expected the config that a job"):
+        offer_config(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("config", "place", "found"),
+    [
+        ({"method": {"name": "score", "cache": "c", "reference": "r"}}, "method.name", "'score'"),
+        ({"method": "sft"}, "method.name", "None"),
+        ({"method": {"name": "sft"}, "model": []}, "model", "[]"),
+        ({"method": {"name": "sft"}, "optim": {"rate": 1}}, "optim.rate", "a key that is not known"),
+    ],
+)
+def test_a_config_of_no_training_is_named(config: dict[str, object], place: str, found: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as error:
+        offer_config(str(tmp_path))
+    assert (error.value.place, error.value.found) == (f"{tmp_path}/config.json, {place}", found)
