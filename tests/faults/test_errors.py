@@ -72,16 +72,23 @@ def test_an_error_reaches_the_terminal_once_under_torchrun(failing: list[int], t
     assert "To enable traceback see" not in launcher
 
 
+def ended_by_themselves(statuses: list[int], failing: list[int], status: int) -> list[int]:
+    """The ranks that failed before they were asked to stop, as the launcher does once one has failed."""
+    failed = [rank for rank in failing if statuses[rank] == status]
+    assert failed, statuses
+    assert all(statuses[rank] == 0 for rank in failing if rank not in failed), statuses
+    return failed
+
+
 @pytest.mark.parametrize("failing", [[0, 1], [1]])
 def test_an_error_of_any_rank_reaches_the_terminal_once(
     failing: list[int], tool: Path, zygote: Zygote, tmp_path: Path
 ) -> None:
     job = Job(zygote, tmp_path, str(tool), arguments(failing, tmp_path / "run"), 2)
-    statuses, _ = job.run(fault={})
-    assert [statuses[rank] for rank in failing] == [1] * len(failing)
+    failed = ended_by_themselves(job.run(fault={})[0], failing, 1)
     check_terminal(job.logs(), failing, tmp_path / "run")
     files = {path.name for path in (tmp_path / "run" / "logs").iterdir()}
-    assert files >= {f"error-rank-{rank}.txt" for rank in failing}
+    assert files >= {f"error-rank-{rank}.txt" for rank in failed}
 
 
 @pytest.mark.parametrize("failing", [[0, 1], [1]])
@@ -90,7 +97,6 @@ def test_bad_input_of_any_rank_is_all_that_is_told(
 ) -> None:
     """But for a rank that waits for it, and is asked to stop."""
     job = Job(zygote, tmp_path, str(tool), arguments(failing, tmp_path / "run", foreseen=True), 2)
-    statuses, _ = job.run(fault={})
-    assert [statuses[rank] for rank in failing] == [2] * len(failing)
+    ended_by_themselves(job.run(fault={})[0], failing, 2)
     told = [line for line in job.logs().splitlines() if line and not line.endswith("stopped by SIGTERM")]
     assert told == ["error: pairs.jsonl:17: found nonsense; expected a pair"]

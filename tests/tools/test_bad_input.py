@@ -374,12 +374,11 @@ def test_of_two_processes_the_one_that_meets_the_bad_row_says_so(world: TinyWorl
     assert "not this" in line
 
 
-def test_the_first_process_to_stop_speaks_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_process_alone_tells_every_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several the first one speaks for all, see ``tests/faults/test_errors.py``."""
     initialize(ParallelConfig())
-    # Other tests stop in this process, too.
-    torch.distributed.distributed_c10d._get_default_store().delete_key("stopped by bad input")
     for _ in range(2):
         with pytest.raises(SystemExit) as stopped:
             entry.stop(InputError("here", "this", "that"))
         assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: here: found this; expected that\n"
+        assert capsys.readouterr().err == "error: here: found this; expected that\n"

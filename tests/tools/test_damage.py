@@ -184,7 +184,7 @@ def shorter(table: pa.Table) -> pa.Table:
         (manifest_without("teacher_weights"), "manifest.json, teacher_weights: found None"),
         (manifest_without("shards"), "manifest.json, shards: found None"),
         (lambda folder: half(folder / "positive-00001.parquet"), "remove it and score again"),
-        (shard_with(lambda table: table.drop_columns(["chosen"])), "remove it and score again"),
+        (shard_with(lambda table: table.drop_columns(["chosen"])), "rows without chosen"),
         (shard_with(shorter), "as the reference has"),
     ],
     ids=["fingerprints", "weights", "shards", "half", "column", "spans"],
