@@ -96,6 +96,9 @@ def _digest(model: Any) -> str:
 def _tensors(model: Any) -> Iterator[torch.Tensor]:
     """Weights of this rank, its share of fp32 copies, and moments."""
     for chunk in model.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # What the step before has updated is gathered by the next forward pass.
+            chunk.start_param_sync(force_sync=True)
         yield from (parameter for parameter in chunk.parameters())
     megatron = model.optimizers().megatron
     for group in megatron.param_groups:
