@@ -44,6 +44,8 @@ class Browser:
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
         )
+        # A bar that is there or not would make the page narrower or not.
+        self._call("Emulation.setScrollbarsHidden", {"hidden": True})
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", {"features": [scheme]})
         self._call("Emulation.setScriptExecutionDisabled", {"value": not scripts})
@@ -88,7 +90,12 @@ class Browser:
         return data
 
     def _picture(self, whole: bool) -> bytes:
-        answer = self._call("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
+        asked: dict[str, Any] = {"format": "png", "captureBeyondViewport": whole}
+        if whole:
+            # Left to itself it takes the width with or without room for a bar.
+            width, height = self.value("[window.innerWidth, document.documentElement.scrollHeight]")
+            asked["clip"] = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        answer = self._call("Page.captureScreenshot", asked)
         return base64.b64decode(answer["data"])
 
     def pdf(self, path: Path) -> bytes:
