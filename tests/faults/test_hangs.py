@@ -73,6 +73,7 @@ def test_a_rank_that_stops_scoring_is_named(zygote: Zygote, world: TinyWorld, tm
     assert "rank 0" in errors(job)[0]
 
 
+@pytest.mark.slow
 def test_a_job_whose_ranks_all_work_longer_than_the_limit_ends_well(
     zygote: Zygote, world: TinyWorld, tmp_path: Path
 ) -> None:
