@@ -125,7 +125,9 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(
     stopped = job("dp2", zygote, world, tmp_path / "stopped", *limits)
     statuses, _ = stopped.run(spoil={"losses": [[3, 0], [4, 1]]})
     run_dir = stopped.folder / "run"
-    assert statuses == [2, 2], stopped.logs()
+    # The first to end has it; the other is asked to stop as soon as there is one that has, as by torchrun.
+    assert 2 in statuses, stopped.logs()
+    assert set(statuses) <= {0, 2}, stopped.logs()
     error = next(line for line in stopped.logs().splitlines() if line.startswith("error: "))
     for part in ("step 4", "2 steps in a row", f"{run_dir}/bad_batches.jsonl", f"{run_dir}/checkpoints/step-00000002"):
         assert part in error
