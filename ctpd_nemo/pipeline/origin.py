@@ -17,6 +17,7 @@ from typing import Any
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.pipeline.environment import differences, environment
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,9 @@ def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0)
         "origin": None if origin is None else asdict(origin),
         "config": config,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     if origin is not None:
-        (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+        write_whole(folder / FILE, json.dumps(asdict(origin), indent=2) + "\n")
     if run.from_run is not None and step == 0:
         _compare(Path(run.from_run), folder, start)
     _append(folder / STARTS, start)

@@ -30,6 +30,7 @@ from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.gpt import check_sizes
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
@@ -258,9 +259,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     status = {"fingerprint": fingerprint, "complete": complete, "seconds": seconds}
-    writing = folder / (STATUS + ".writing")
-    writing.write_text(json.dumps(status, indent=2) + "\n", encoding="utf-8")
-    writing.replace(folder / STATUS)
+    write_whole(folder / STATUS, json.dumps(status, indent=2) + "\n")
 
 
 def _fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> str:

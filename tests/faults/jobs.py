@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ctpd_nemo.parallel.checkpoint_files import find_damage, named_checkpoints
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.faults.conftest import Zygote
-from tests.pipeline.recipe import SMALL_BATCHES
+from tests.pipeline.recipe import SMALL_BATCHES, small_job
 
 STEPS, EVERY, VALIDATE_EVERY = 6, 2, 3
 BOUND = 120.0
@@ -54,13 +54,11 @@ class Job:
 
 def training(zygote: Zygote, world: TinyWorld, folder: Path, ranks: int, async_save: bool) -> Job:
     """Six steps, checkpoints of every second, validations after every third; two ranks are stages of a pipeline."""
-    arguments = [
-        "method=dpo",
-        f"model.student.path={world.student}",
-        f"data.train=[{world.train}]",
+    arguments = small_job(
+        world,
+        folder / "run",
+        "dpo",
         f"data.validation=[{world.test}]",
-        f"run_dir={folder / 'run'}",
-        *SMALL_BATCHES,
         f"trainer.max_steps={STEPS}",
         "trainer.epochs=2",
         f"trainer.checkpoint_every={EVERY}",
@@ -69,7 +67,7 @@ def training(zygote: Zygote, world: TinyWorld, folder: Path, ranks: int, async_s
         f"trainer.async_save={async_save}",
         f"parallel.pipeline={ranks}",
         "optim.lr=1e-3",
-    ]
+    )
     return Job(zygote, folder, "train.py", arguments, ranks)
 
 

@@ -25,6 +25,18 @@ def small_world(folder: Path) -> TinyWorld:
     return build_tiny_world(folder, n_train=24, n_test=4, teacher=teacher, student=student)
 
 
+def small_job(world: TinyWorld, run_dir: Path, method: str, *more: str) -> list[str]:
+    """Overrides of ``conf/train.yaml``: the student trained on the world's pairs."""
+    return [
+        f"method={method}",
+        f"model.student.path={world.student}",
+        f"data.train=[{world.train}]",
+        f"run_dir={run_dir}",
+        *SMALL_BATCHES,
+        *more,
+    ]
+
+
 def recipe(world: TinyWorld, run_dir: Path) -> list[str]:
     """Overrides of ``conf/pipeline.yaml``: all seven stages, three steps each, several microbatches a step."""
     return [

@@ -20,7 +20,7 @@ from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
+from tests.pipeline.recipe import composed, small_job, small_world
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
@@ -34,20 +34,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 def sft(world: TinyWorld, run_dir: Path) -> list[str]:
     """Four steps, with a checkpoint of each, and a validation after the second and the last."""
-    return [
-        "method=sft",
-        f"model.student.path={world.student}",
-        f"data.train=[{world.train}]",
+    return small_job(
+        world,
+        run_dir,
+        "sft",
         f"data.validation=[{world.test}]",
-        f"run_dir={run_dir}",
-        *SMALL_BATCHES,
         f"trainer.max_steps={STEPS}",
         "trainer.epochs=2",
         "trainer.checkpoint_every=1",
         "trainer.validate_every=2",
         "trainer.keep_last=10",
         "optim.lr=1e-2",
-    ]
+    )
 
 
 def run(overrides: list[str]) -> Path:

@@ -20,7 +20,7 @@ from ctpd_nemo.pipeline.origin import read_config, read_starts
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import CONF, SMALL_BATCHES, composed, small_world
+from tests.pipeline.recipe import CONF, SMALL_BATCHES, composed, small_job, small_world
 
 STEPS = 6
 
@@ -37,20 +37,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 
 def sft(world: TinyWorld, run_dir: Path, *more: str) -> None:
-    overrides = [
-        "method=sft",
-        f"model.student.path={world.student}",
-        f"data.train=[{world.train}]",
+    overrides = small_job(
+        world,
+        run_dir,
+        "sft",
         f"data.validation=[{world.test}]",
-        f"run_dir={run_dir}",
-        *SMALL_BATCHES,
         f"trainer.max_steps={STEPS}",
         "trainer.epochs=2",
         "trainer.checkpoint_every=2",
         "trainer.validate_every=2",
         "trainer.log_every=1",
         *more,
-    ]
+    )
     train(run_config(composed("train", overrides)))
 
 

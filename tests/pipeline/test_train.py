@@ -15,7 +15,7 @@ from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
+from tests.pipeline.recipe import composed, small_job, small_world
 from tests.pipeline.tool import run_tool
 
 
@@ -26,15 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
 
 def dpo(world: TinyWorld, run_dir: Path) -> list[str]:
-    return [
-        "method=dpo",
-        f"model.student.path={world.student}",
-        f"data.train=[{world.train}]",
-        f"run_dir={run_dir}",
-        *SMALL_BATCHES,
-        "trainer.max_steps=2",
-        "optim.lr=1e-3",
-    ]
+    return small_job(world, run_dir, "dpo", "trainer.max_steps=2", "optim.lr=1e-3")
 
 
 def run(overrides: list[str]) -> Path:
