@@ -23,7 +23,7 @@ LogitLoss = Callable[[Tensor, slice], Tensor]
 
 # Buffers as large as the logits that exist at the same time: the other model's, both sorted with their places, and
 # what autograd keeps between.
-_COPIES = 8
+COPIES = 8
 
 
 class WholeLogits:
@@ -54,7 +54,7 @@ class WholeLogits:
     def chunks(self, num_tokens: int) -> list[slice]:
         """As few equal chunks of tokens as the room for logits allows."""
         room = logprobs.CHUNK_LOGITS[self.weight_VH.device.type]
-        size = max(1, room // (_COPIES * self.vocab_size))
+        size = max(1, room // (COPIES * self.vocab_size))
         size = -(-num_tokens // max(1, -(-num_tokens // size)))
         return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, max(1, size))]
 

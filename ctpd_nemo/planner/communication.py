@@ -62,6 +62,8 @@ def step_traffic(
     stage: int,
     backward: bool = True,
     attention: str = "fused",
+    log_probs: bool = True,
+    more: Sequence[Parameter] = (),
 ) -> list[Traffic]:
     """Everything of one step, microbatches and the update.
 
@@ -74,14 +76,16 @@ def step_traffic(
         stage: The pipeline stage of the rank.
         backward: Whether the model is trained; else the pass is forward only.
         attention: "fused" or "local".
+        log_probs: Whether the loss is one of log-probs; the sums of another are not counted here.
+        more: Parameters that the last stage has beside the model's.
     """
     found: list[Traffic] = []
     for shape in shapes:
-        found += tensor_traffic(architecture, parallel, numerics, shape, stage, backward)
+        found += tensor_traffic(architecture, parallel, numerics, shape, stage, backward, log_probs)
         found += pipeline_traffic(architecture, parallel, numerics, shape, stage, backward)
-        found += context_traffic(architecture, parallel, numerics, shape, stage, backward, attention)
+        found += context_traffic(architecture, parallel, numerics, shape, stage, backward, attention, log_probs)
     if backward:
-        found += update_traffic(architecture, parallel, numerics, replicas, stage)
+        found += update_traffic(architecture, parallel, numerics, replicas, stage, more)
     return merged(found)
 
 
@@ -99,7 +103,13 @@ def merged(traffic: Sequence[Traffic]) -> list[Traffic]:
 
 
 def tensor_traffic(
-    architecture: Architecture, parallel: ParallelConfig, numerics: Numerics, shape: Shape, stage: int, backward: bool
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    numerics: Numerics,
+    shape: Shape,
+    stage: int,
+    backward: bool,
+    log_probs: bool = True,
 ) -> list[Traffic]:
     """Of one microbatch within the tensor-parallel group.
 
@@ -114,7 +124,7 @@ def tensor_traffic(
     again = layers if backward and parallel.recompute == "full" else 0
     # The maximum of every response token, and then its sum and its label's logit, fp32.
     numbers = Traffic("tensor", "all-reduce", 3 * 4 * shape.targets / parallel.context, 2)
-    found = [numbers] if last else []
+    found = [numbers] if last and log_probs else []
     if not parallel.sequence:
         sums = 2 * (layers + again) + first + (2 * layers + last if backward else 0)
         return [Traffic("tensor", "all-reduce", sums * hidden, sums), *found]
@@ -150,6 +160,7 @@ def context_traffic(
     stage: int,
     backward: bool,
     attention: str,
+    log_probs: bool = True,
 ) -> list[Traffic]:
     """Of one microbatch within the context-parallel group.
 
@@ -164,7 +175,8 @@ def context_traffic(
     keys = 2 * architecture.num_query_groups * architecture.head_dim // parallel.tensor
     token = shape.tokens * numerics.element_bytes
     # Spans lie over all ranks: their sums do not, of at most as many spans as targets, fp32.
-    sums = [Traffic("context", "all-reduce", 4 * shape.targets, 1)] if stage == parallel.pipeline - 1 else []
+    last = stage == parallel.pipeline - 1
+    sums = [Traffic("context", "all-reduce", 4 * shape.targets, 1)] if last and log_probs else []
     if attention == "local":
         gathers, scatters = 3 * (layers + again), 3 * layers if backward else 0
         gathered = Traffic("context", "all-gather", gathers / 3 * token * (queries + keys), gathers)
@@ -179,10 +191,15 @@ def context_traffic(
 
 
 def update_traffic(
-    architecture: Architecture, parallel: ParallelConfig, numerics: Numerics, replicas: int, stage: int
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    numerics: Numerics,
+    replicas: int,
+    stage: int,
+    more: Sequence[Parameter] = (),
 ) -> list[Traffic]:
     """Of one step: gradients are summed, and updated weights handed round."""
-    chunks = stage_parameters(architecture, parallel, stage)
+    chunks = stage_parameters(architecture, parallel, stage, more)
     found = []
     if replicas > 1:
         numel = sum(buffer_numel(chunk, replicas, parallel.distributed_optimizer) for chunk in chunks)

@@ -1,7 +1,7 @@
 """One job in one layout: does it fit, and what does it cost?"""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.steps import StepPlan
@@ -11,8 +11,10 @@ from ctpd_nemo.models.gpt import transformer_config
 from ctpd_nemo.planner.architecture import NamedArchitecture
 from ctpd_nemo.planner.batches import STEPS, Cut, Load, cut_batches
 from ctpd_nemo.planner.communication import Traffic, merged, step_traffic
+from ctpd_nemo.planner.distillation import loss_flops, loss_seconds, loss_traffic
 from ctpd_nemo.planner.flops import hardware_flops, model_flops
 from ctpd_nemo.planner.hardware import Hardware
+from ctpd_nemo.planner.head import HeadSeconds
 from ctpd_nemo.planner.jobs import FrozenModels, Job, Layout
 from ctpd_nemo.planner.memory import Frozen, Request, StageMemory, job_memory
 from ctpd_nemo.planner.numerics import Numerics, numerics_of
@@ -122,6 +124,7 @@ def memory(job: Job, layout: Layout) -> list[StageMemory]:
         step_tokens=step_tokens,
         frozen=tuple(_frozen(frozen, job, layout, shape) for frozen in job.frozen),
         attention=job.attention,
+        loss=job.loss,
     )
     return job_memory(request, layout.parallel, _numerics(job, job.models[0]), layout.replicas)
 
@@ -144,9 +147,13 @@ def estimate(job: Job, layout: Layout, hardware: Hardware, lengths: Lengths) -> 
     load, steps = loads[0], StepPlan(lengths.pairs, job.pairs, job.epochs, job.max_steps).total_steps
     a, parallel, ranks = job.model.architecture, layout.parallel, layout.data_ranks
     numerics = _numerics(job, job.model)
-    passes = pass_parts(a, parallel, numerics, hardware, load, ranks, backward=True)
+    head = None
+    if job.loss:
+        head = loss_seconds(job.loss, parallel, numerics, hardware, load, loads[1] if len(loads) > 1 else None)
+    passes = pass_parts(a, parallel, numerics, hardware, load, ranks, backward=True, head=head)
     microbatches = float(load.counts.max(axis=1).mean())
-    parts = passes + update_parts(a, parallel, numerics, hardware, ranks, passes, microbatches)
+    more = job.loss.projectors() if job.loss else ()
+    parts = passes + update_parts(a, parallel, numerics, hardware, ranks, passes, microbatches, more)
     for frozen in job.frozen:
         parts = parts + _scoring_parts(frozen, job, layout, hardware, _load_of(frozen, job, loads), ranks)
     return Estimate(
@@ -211,6 +218,7 @@ def _scoring_parts(frozen: FrozenModels, job: Job, layout: Layout, hardware: Har
         load,
         ranks,
         backward=False,
+        head=HeadSeconds.none(load) if job.loss else None,
     )
     return functools.reduce(Parts.__add__, [one] * frozen.count)
 
@@ -250,13 +258,19 @@ def _mean_shape(load: Load) -> Shape:
 
 def _flops(job: Job, layout: Layout, loads: list[Load]) -> dict[str, float]:
     model = hardware = 0.0
+    shapes = [_mean_shape(load) for load in loads]
+    if job.loss:
+        own, other = shapes[0].targets, shapes[1].targets if len(shapes) > 1 else 0
+        model += loss_flops(job.loss, layout.parallel, own, other)
+        hardware += loss_flops(job.loss, layout.parallel, own, other, hardware=True)
+        shapes = [replace(shape, targets=0) for shape in shapes]
     if job.model is not None:
-        shape = _mean_shape(loads[0])
+        shape = shapes[0]
         model += model_flops(job.model.architecture, shape).total
         count = float(loads[0].counts.sum(axis=1).mean())
         hardware += hardware_flops(job.model.architecture, layout.parallel, shape, microbatches=count).total
     for frozen in job.frozen:
-        a, shape = frozen.model.architecture, _mean_shape(_load_of(frozen, job, loads))
+        a, shape = frozen.model.architecture, shapes[0 if frozen.side == job.side else 1]
         model += frozen.count * model_flops(a, shape, backward=False).total
         hardware += frozen.count * hardware_flops(a, layout.parallel, shape, backward=False).total
     return {"model_flops": model, "hardware_flops": hardware}
@@ -280,7 +294,13 @@ def _traffic(job: Job, layout: Layout, loads: list[Load]) -> list[Traffic]:
             layout.replicas,
             last,
             attention=job.attention,
+            log_probs=job.loss is None,
+            more=job.loss.projectors() if job.loss else (),
         )
+    if job.loss:
+        sides = [shapes(load) for load in loads]
+        numerics = _numerics(job, job.models[0])
+        found += loss_traffic(job.loss, layout.parallel, numerics, sides[0], sides[1] if len(sides) > 1 else [])
     for frozen in job.frozen:
         one = step_traffic(
             frozen.model.architecture,
@@ -291,6 +311,7 @@ def _traffic(job: Job, layout: Layout, loads: list[Load]) -> list[Traffic]:
             last,
             backward=False,
             attention=job.attention,
+            log_probs=job.loss is None,
         )
         found += one * frozen.count
     return merged(found)

@@ -1,4 +1,4 @@
-"""What log-probs of response tokens take: ``losses.logprobs``, chunk by chunk."""
+"""What log-probs of response tokens take, of memory and time: ``losses.logprobs``, chunk by chunk."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,44 @@ from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.losses.logprobs import CHUNK_LOGITS
 from ctpd_nemo.models.gpt import padded_vocab_size
 from ctpd_nemo.parallel.layout import ParallelConfig
+from ctpd_nemo.planner.batches import FloatArray, Load
+from ctpd_nemo.planner.hardware import Hardware
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.shapes import Shape
+
+# Bytes that the log-probs move for every logit forward: the product written, its maximum found, the maximum taken off
+# and exponentials taken in place, their sum; backward: scaled, and cast to the weight's format. Logits that are made
+# again take as much again as forward.
+_LOGIT_BYTES, _LOGIT_BYTES_BACKWARD = 28, 14
+# Bytes of the fp32 gradient of the output weight that every chunk reads and writes.
+CHUNK_GRADIENT_BYTES = 8
+
+
+@dataclass(frozen=True)
+class HeadSeconds:
+    """What the last stage takes for the output layer and the loss of each microbatch, both passes, ``[K, R, M]``.
+
+    Attributes:
+        products: Matrix products.
+        again: Those of logits that are made again.
+        elementwise: What is computed of logits.
+        tensor: What is sent over the tensor-parallel group.
+    """
+
+    products: FloatArray
+    again: FloatArray
+    elementwise: FloatArray
+    tensor: FloatArray
+
+    @property
+    def total(self) -> FloatArray:
+        """All of them."""
+        return self.products + self.again + self.elementwise + self.tensor
+
+    @classmethod
+    def none(cls, load: Load) -> "HeadSeconds":
+        """A pass whose output layer nobody reads."""
+        return cls(*(np.zeros_like(load.tokens) for _ in range(4)))
 
 
 @dataclass(frozen=True)
@@ -45,6 +81,32 @@ def remade(targets: NDArray[np.float64], rows: int, device: str = "cuda") -> NDA
     chunks = np.maximum(1, np.ceil(targets / chunk_tokens(rows, device)))
     size = np.ceil(targets / chunks)
     return np.maximum(0.0, (np.ceil(targets / np.maximum(1, size)) - 1) * size)
+
+
+def head_rate(numerics: Numerics, hardware: Hardware) -> float:
+    """Operations a second of products with the output layer, which FP8 leaves alone."""
+    return hardware.matmul_rate("fp32" if numerics.matmul == "fp32" else "bf16")
+
+
+def logprob_seconds(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    numerics: Numerics,
+    hardware: Hardware,
+    load: Load,
+    backward: bool,
+) -> HeadSeconds:
+    """The log-probs of response tokens."""
+    rows = vocabulary_rows(architecture, parallel)
+    targets = load.targets / parallel.context
+    product = 2.0 * rows * architecture.hidden_size / head_rate(numerics, hardware)
+    none, moved = np.zeros_like(targets), _LOGIT_BYTES * rows * targets
+    if not backward:
+        return HeadSeconds(product * targets, none, moved / hardware.memory_rate, none)
+    again = remade(targets, rows)
+    gradient = np.ceil(targets / chunk_tokens(rows, "cuda")) * rows * architecture.hidden_size * CHUNK_GRADIENT_BYTES
+    moved = moved + rows * (_LOGIT_BYTES_BACKWARD * targets + _LOGIT_BYTES * again) + gradient
+    return HeadSeconds(3.0 * product * targets, product * again, moved / hardware.memory_rate, none)
 
 
 def head_bytes(

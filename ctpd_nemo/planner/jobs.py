@@ -20,6 +20,7 @@ from ctpd_nemo.parallel.precision import PrecisionConfig
 from ctpd_nemo.pipeline.recipe import STAGES, Stage, find_stages, stage_values
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.planner.architecture import NamedArchitecture, find_architecture
+from ctpd_nemo.planner.distillation import DistillationLoss
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Job:
 
     Attributes:
         name: Of the stage.
-        method: "sft", "dpo", "tis_dpo", "ctpd" or "score".
+        method: The name of a method, or "score".
         model: What is trained; ``None`` in a scoring job.
         frozen: What is scored with.
         side: Whose tokens the trained model reads: "student" or "teacher".
@@ -108,6 +109,7 @@ class Job:
         together: Whether a scoring job must hold all its models at once, or one; ``None``: as many as fit.
         largest_budget: Whether a scoring job finds the token budget itself: the most that fit, from
             ``microbatch_tokens`` on.
+        loss: That of distillation; ``None`` for one of log-probs.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Job:
     attention: str
     together: bool | None = True
     largest_budget: bool = False
+    loss: DistillationLoss | None = None
 
     @property
     def models(self) -> list[NamedArchitecture]:
@@ -179,10 +182,6 @@ def _job(config: DictConfig, own: Mapping[str, Any], stage: Stage, inputs: Mappi
             raise InputError("data.max_length", str(run.data.max_length), f"at most {model.name}'s {longest} positions")
     if isinstance(run.method, ScoreConfig):
         return _scoring_job(run, stage.name, sides)
-    if isinstance(run.method, DistillationConfig):
-        # Their losses hold whole logits, or projectors, which no count here has.
-        expected = f"a method whose cost is known; stages.{stage.name}=null plans the other stages"
-        raise InputError(f"stages.{stage.name}.method.name", run.method.name, expected)
     method = METHODS[run.method.name]
     roles: Iterable[str] = ()
     if getattr(run.method, "reference", None) == "online":
@@ -193,8 +192,22 @@ def _job(config: DictConfig, own: Mapping[str, Any], stage: Stage, inputs: Mappi
         side=run.policy,
         responses=method.responses,
         pairs=run.data.global_batch_size,
+        loss=_distillation_loss(config, run.method, sides) if isinstance(run.method, DistillationConfig) else None,
         **_common(run, stage.name),
     )
+
+
+def _distillation_loss(
+    config: DictConfig, method: DistillationConfig, sides: Mapping[str, NamedArchitecture]
+) -> DistillationLoss:
+    teacher = _side(sides, "teacher").architecture if method.reference == "online" else None
+    top_k = getattr(method, "top_k", None)
+    if top_k is None and teacher is None:
+        # As many as the cache will have.
+        top_k = OmegaConf.select(config, "stages.score.method.top_k")
+        if top_k is None:
+            raise InputError(f"method.top_k of {method.name}", "null, with a cache of another run", "a number")
+    return DistillationLoss(method.name, _side(sides, "student").architecture, teacher, top_k)
 
 
 def _side(sides: Mapping[str, NamedArchitecture], side: str) -> NamedArchitecture:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.activations import LayerBytes, final_norm_bytes, layer_bytes, rotary_bytes
+from ctpd_nemo.planner.distillation import DistillationLoss, kept_for_step, loss_bytes
 from ctpd_nemo.planner.head import HeadBytes, head_bytes
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.parameters import VOCABULARY, Parameter, buffer_numel, chunk_layers, stage_parameters
@@ -35,7 +36,7 @@ class StageMemory:
         passing: The most that the four above take at one time; not their sum, as the head is done with by the time that
             a layer is made again.
         scoring: Temporaries of the frozen models' forward pass, which comes before.
-        data: The step's microbatches, and the tables of rotary angles.
+        data: The step's microbatches, the tables of rotary angles, and what distillation keeps of the teacher's states.
     """
 
     weights: float = 0.0
@@ -90,6 +91,7 @@ class Request:
         frozen: Models beside it.
         attention: "fused" or "local".
         device: "cuda" or "cpu".
+        loss: That of distillation; ``None`` for one of log-probs.
     """
 
     architecture: Architecture | None
@@ -99,6 +101,7 @@ class Request:
     frozen: Sequence[Frozen] = field(default_factory=tuple)
     attention: str = "fused"
     device: str = "cuda"
+    loss: DistillationLoss | None = None
 
 
 def job_memory(request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int) -> list[StageMemory]:
@@ -116,16 +119,19 @@ def job_memory(request: Request, parallel: ParallelConfig, numerics: Numerics, r
 def _stage_memory(
     request: Request, parallel: ParallelConfig, numerics: Numerics, replicas: int, stage: int
 ) -> StageMemory:
-    memory = StageMemory()
+    memory, kept, last = StageMemory(), 0.0, stage == parallel.pipeline - 1
     if request.architecture is not None:
-        chunks = stage_parameters(request.architecture, parallel, stage)
+        projectors = request.loss.projectors() if request.loss else ()
+        chunks = stage_parameters(request.architecture, parallel, stage, projectors)
         memory = trained_memory(chunks, parallel, numerics, replicas)
         memory = replace(memory, **_passing(request, request.architecture, parallel, numerics, stage))
+    if request.loss:
+        kept = kept_for_step(request.loss, numerics, request.step_tokens, last)
     return replace(
         memory,
         frozen=sum(frozen_memory(model, parallel, stage) for model in request.frozen),
         scoring=max((_scoring(model, parallel, stage, request) for model in request.frozen), default=0.0),
-        data=_data(request),
+        data=_data(request) + kept,
     )
 
 
@@ -163,11 +169,11 @@ def _passing(
     """Activations and temporaries of a step's forward and backward passes."""
     last = stage == parallel.pipeline - 1
     layer = layer_bytes(architecture, parallel, numerics, request.shape, request.attention)
-    head = (
-        head_bytes(architecture, parallel, numerics, request.shape, request.device)
-        if last
-        else HeadBytes(0.0, 0.0, 0.0)
-    )
+    head = HeadBytes(0.0, 0.0, 0.0)
+    if last and request.loss:
+        head = loss_bytes(request.loss, parallel, numerics, request.shape, request.device)
+    elif last:
+        head = head_bytes(architecture, parallel, numerics, request.shape, request.device)
     ending = head.saved
     if last:
         ending += final_norm_bytes(architecture, parallel, numerics, request.shape, request.attention)
@@ -219,6 +225,8 @@ def _scoring(frozen: Frozen, parallel: ParallelConfig, stage: int, request: Requ
     layer = layer_bytes(frozen.architecture, parallel, numerics, frozen.shape, request.attention)
     if stage < parallel.pipeline - 1:
         return layer.forward_work
+    if request.loss:
+        return max(layer.forward_work, 2 * layer.output)
     head = head_bytes(frozen.architecture, parallel, numerics, frozen.shape, request.device)
     return max(layer.forward_work, 2 * layer.output + head.saved + head.forward_work)
 

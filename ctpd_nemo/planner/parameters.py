@@ -52,8 +52,13 @@ def chunk_layers(architecture: Architecture, parallel: ParallelConfig) -> int:
     return architecture.num_layers // (parallel.pipeline * (parallel.virtual_pipeline or 1))
 
 
-def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage: int) -> list[list[Parameter]]:
-    """The parameters of every chunk of a pipeline stage, on one rank, in Megatron-Core's order."""
+def stage_parameters(
+    architecture: Architecture, parallel: ParallelConfig, stage: int, more: Sequence[Parameter] = ()
+) -> list[list[Parameter]]:
+    """The parameters of every chunk of a pipeline stage, on one rank, in Megatron-Core's order.
+
+    ``more`` are those that the chunk with the output layer has beside the model's.
+    """
     chunks = parallel.virtual_pipeline or 1
     layers = layer_share(architecture, parallel.tensor) * chunk_layers(architecture, parallel)
     vocabulary = padded_vocab_size(architecture.vocab_size, parallel.tensor) // parallel.tensor
@@ -68,6 +73,7 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig, stage
             parameters.append(Parameter("decoder.final_layernorm.weight", architecture.hidden_size, replicated=True))
             if not architecture.tied_embeddings or shared:
                 parameters.append(rows)
+            parameters += more
         stages.append(parameters)
     return stages
 

@@ -9,16 +9,9 @@ from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.batches import BoolArray, FloatArray, Load
 from ctpd_nemo.planner.flops import layer_elements
 from ctpd_nemo.planner.hardware import Hardware
-from ctpd_nemo.planner.head import chunk_tokens, remade, vocabulary_rows
 from ctpd_nemo.planner.numerics import Numerics
 from ctpd_nemo.planner.parameters import chunk_layers
 
-# Bytes that the log-probs move for every logit forward: the product written, its maximum found, the maximum taken off
-# and exponentials taken in place, their sum; backward: scaled, and cast to the weight's format. Logits that are made
-# again take as much again as forward (``losses.logprobs``).
-_LOGIT_BYTES, _LOGIT_BYTES_BACKWARD = 28, 14
-# Bytes of the fp32 gradient of the output weight that every chunk reads and writes.
-_CHUNK_GRADIENT_BYTES = 8
 # Of the backward pass of a layer, the share of its sums over the tensor-parallel group that does not hide behind the
 # products of weight gradients; forward, all of it shows.
 _SHOWN_BACKWARD = 0.5
@@ -30,54 +23,41 @@ _RING_KERNELS = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds that each microbatch takes on a stage, ``[K, R, M]``; the head's come on top on the last stage."""
+    """Seconds that the layers of a stage take for each microbatch, ``[K, R, M]``."""
 
     compute: FloatArray
     attention: FloatArray
     elementwise: FloatArray
     tensor: FloatArray
     context: FloatArray
-    head: FloatArray
-    head_again: FloatArray
-    head_elementwise: FloatArray
-    head_backward: FloatArray
 
     @property
-    def layers(self) -> FloatArray:
-        """All but the head."""
+    def total(self) -> FloatArray:
+        """All of them."""
         return self.compute + self.attention + self.elementwise + self.tensor + self.context
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of each microbatch on a stage, forward and backward, ``[K, R, M]``; the head's on the last stage only."""
+    """Seconds that the layers of a stage take for each microbatch, forward and backward, ``[K, R, M]``."""
 
     compute: FloatArray
     recompute: FloatArray
     elementwise: FloatArray
     tensor: FloatArray
     context: FloatArray
-    head: FloatArray
-    head_again: FloatArray
-    head_elementwise: FloatArray
 
     @property
-    def layers(self) -> FloatArray:
-        """All but the head."""
+    def total(self) -> FloatArray:
+        """All of them."""
         return self.compute + self.recompute + self.elementwise + self.tensor + self.context
-
-    @property
-    def ending(self) -> FloatArray:
-        """The head."""
-        return self.head + self.head_again + self.head_elementwise
 
 
 def both_passes(work: Work, parallel: ParallelConfig, backward: bool) -> Spent:
     """Both passes from the forward one: backward two products for one, five for two in attention, twice the bytes."""
     none = np.zeros_like(work.compute)
     if not backward:
-        compute = work.compute + work.attention
-        return Spent(compute, none, work.elementwise, work.tensor, work.context, work.head, none, work.head_elementwise)
+        return Spent(work.compute + work.attention, none, work.elementwise, work.tensor, work.context)
     recompute, again = none, 0.0
     if parallel.recompute == "selective":
         recompute = work.attention
@@ -89,9 +69,6 @@ def both_passes(work: Work, parallel: ParallelConfig, backward: bool) -> Spent:
         elementwise=(3.0 + again) * work.elementwise,
         tensor=(1 + _SHOWN_BACKWARD + again) * work.tensor,
         context=3.0 * work.context,
-        head=3.0 * work.head,
-        head_again=work.head_again,
-        head_elementwise=work.head_elementwise + work.head_backward,
     )
 
 
@@ -123,23 +100,12 @@ def forward_work(
     moved = layers * element * (10 * positions * a.hidden_size + tokens * width / parallel.tensor)
     started = layers * (1 + _RING_KERNELS * (parallel.context - 1)) * hardware.layer_us * 1e-6
     elementwise = moved / hardware.memory_rate + there * started
-    rows = vocabulary_rows(a, parallel)
-    targets = load.targets / parallel.context
-    again = remade(targets, rows)
-    head_rate = hardware.matmul_rate("fp32" if numerics.matmul == "fp32" else "bf16")
-    chunks = np.ceil(targets / chunk_tokens(rows, "cuda"))
-    gradient = chunks * rows * a.hidden_size * _CHUNK_GRADIENT_BYTES
     return Work(
         compute=compute,
         attention=attention,
         elementwise=elementwise,
         tensor=layers * _sums(a, parallel, numerics, hardware, tokens, there),
         context=np.maximum(0.0, _ring(a, parallel, numerics, hardware, tokens, layers) - attention),
-        head=2.0 * rows * a.hidden_size * targets / head_rate,
-        head_again=2.0 * rows * a.hidden_size * again / head_rate,
-        head_elementwise=_LOGIT_BYTES * rows * targets / hardware.memory_rate,
-        head_backward=(rows * (_LOGIT_BYTES_BACKWARD * targets + _LOGIT_BYTES * again) + gradient)
-        / hardware.memory_rate,
     )
 
 
@@ -189,4 +155,4 @@ def empty_microbatch(
 ) -> float:
     """Seconds of a forward pass without tokens to speak of: weights are read and kernels started all the same."""
     one, none = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
-    return float(forward_work(architecture, parallel, numerics, hardware, Load(one, none, one, one, one)).layers.sum())
+    return float(forward_work(architecture, parallel, numerics, hardware, Load(one, none, one, one, one)).total.sum())

@@ -6,6 +6,7 @@ wait, and behind the last microbatch come gradients and weights over the data-pa
 taken to overlap is said where it is computed. Nothing here has been fitted to a measured run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -14,8 +15,9 @@ from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.planner.batches import FloatArray, Load
 from ctpd_nemo.planner.hardware import Hardware
+from ctpd_nemo.planner.head import HeadSeconds, logprob_seconds
 from ctpd_nemo.planner.numerics import Numerics
-from ctpd_nemo.planner.parameters import buffer_numel, stage_parameters
+from ctpd_nemo.planner.parameters import Parameter, buffer_numel, stage_parameters
 from ctpd_nemo.planner.passes import both_passes, empty_microbatch, forward_work
 
 # Bytes of a weight's share of the optimizer's step: gradient, main weight and moments read, the latter three and the
@@ -76,6 +78,7 @@ def pass_parts(
     load: Load,
     data_ranks: int,
     backward: bool,
+    head: HeadSeconds | None = None,
 ) -> Parts:
     """The microbatches of a step through the pipeline, forward and unless told otherwise backward.
 
@@ -87,24 +90,27 @@ def pass_parts(
         load: The microbatches.
         data_ranks: Data-parallel size; ranks beyond those of ``load`` have none.
         backward: Whether gradients are computed.
+        head: What the last stage takes beside its layers; ``None`` for log-probs of response tokens.
     """
+    if head is None:
+        head = logprob_seconds(architecture, parallel, numerics, hardware, load, backward)
     spent = both_passes(forward_work(architecture, parallel, numerics, hardware, load), parallel, backward)
     transfer_KR = _transfer(architecture, parallel, numerics, hardware, load, backward, data_ranks)
     empty = empty_microbatch(architecture, parallel, numerics, hardware) * (3.0 if backward else 1.0)
-    time_KR = _pipeline_time(parallel, spent.layers, spent.ending, load.counts, empty) + transfer_KR
+    time_KR = _pipeline_time(parallel, spent.total, head.total, load.counts, empty) + transfer_KR
     stages, share = parallel.pipeline, load.tokens.shape[1] / data_ranks
 
     def mean(values_KRM: FloatArray) -> float:
         return float(values_KRM.sum(axis=2).mean()) * share
 
     # The head is on one stage; of a mean GPU's time it is a part of that.
-    busy = mean(spent.layers + spent.ending / stages)
+    busy = mean(spent.total + head.total / stages)
     transfer, whole = float(transfer_KR.mean()) * share, float(time_KR.mean()) * share
     return Parts(
-        compute=mean(spent.compute + spent.head / stages),
-        recompute=mean(spent.recompute + spent.head_again / stages),
-        elementwise=mean(spent.elementwise + spent.head_elementwise / stages),
-        tensor=mean(spent.tensor),
+        compute=mean(spent.compute + head.products / stages),
+        recompute=mean(spent.recompute + head.again / stages),
+        elementwise=mean(spent.elementwise + head.elementwise / stages),
+        tensor=mean(spent.tensor + head.tensor / stages),
         context=mean(spent.context),
         transfer=transfer,
         bubble=whole - busy - transfer,
@@ -162,12 +168,16 @@ def update_parts(
     data_ranks: int,
     passes: Parts,
     microbatches: float,
+    more: Sequence[Parameter] = (),
 ) -> Parts:
-    """Gradients and weights over the data-parallel group, and the optimizer; the first hide behind ``passes``."""
+    """Gradients and weights over the data-parallel group, and the optimizer; the first hide behind ``passes``.
+
+    ``more`` are parameters that the last stage has beside the model's.
+    """
     replicas = data_ranks * parallel.context
     numel = max(
         sum(buffer_numel(chunk, replicas, parallel.distributed_optimizer) for chunk in chunks)
-        for chunks in (stage_parameters(architecture, parallel, stage) for stage in {0, parallel.pipeline - 1})
+        for chunks in (stage_parameters(architecture, parallel, stage, more) for stage in {0, parallel.pipeline - 1})
     )
     data = 0.0
     if replicas > 1:

@@ -13,9 +13,7 @@ from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import EVALUATION, read_json
-from ctpd_nemo.models.distillation import DistillationConfig
-from ctpd_nemo.models.methods import METHOD_CONFIGS
-from ctpd_nemo.pipeline.recipe import find_stages, needed_stages, stage_values
+from ctpd_nemo.pipeline.recipe import needed_stages
 from ctpd_nemo.pipeline.stages import STATUS
 from ctpd_nemo.planner.estimate import Estimate
 from ctpd_nemo.planner.jobs import find_jobs
@@ -39,7 +37,7 @@ class ChainJob:
         name: The stage, or the stage whose student is evaluated.
         evaluates: Whether it is an evaluation, on one GPU, whose cost nobody plans.
         done: Whether it is complete.
-        hours: Of the job, by the planner; ``None`` where it does not know the cost.
+        hours: Of the job, by the planner; ``None`` of an evaluation.
         gpu_hours: Likewise, of all its GPUs.
         command: For one node.
     """
@@ -92,11 +90,10 @@ def _jobs(
     costs = _costs(asked, recipe, needed)
     jobs = []
     for name in needed:
-        cost = costs.get(name)
+        cost = costs[name]
         complete = bool(read_json(folder / name / STATUS).get("complete"))
         command = ["torchrun", f"--nproc-per-node={asked.gpus}", "tools/pipeline.py", *common, f"only=[{name}]"]
-        hours, gpu_hours = (cost.hours, cost.gpu_hours) if cost else (None, None)
-        jobs.append(ChainJob(name, False, complete, hours, gpu_hours, command))
+        jobs.append(ChainJob(name, False, complete, cost.hours, cost.gpu_hours, command))
     for stage in dict.fromkeys(students):
         tasks = read_json(folder / stage / "export" / EVALUATION).get("tasks") or {}
         complete = set(BENCHMARKS.values()) <= set(tasks)
@@ -106,11 +103,9 @@ def _jobs(
 
 
 def _costs(asked: ReproduceConfig, recipe: DictConfig, needed: Sequence[str]) -> dict[str, Estimate]:
-    """What the planner says of each stage; nothing of distillation, whose operations it does not count."""
+    """What the planner says of each stage."""
     config = recipe.copy()
-    stages = {stage.name: stage for stage in find_stages(recipe)}
-    method_of = {name: METHOD_CONFIGS[stage_values(recipe, stages[name])["method"]["name"]] for name in needed}
-    config.only = [name for name in needed if not issubclass(method_of[name], DistillationConfig)]
+    config.only = list(needed)
     found = find_jobs(config)
     lengths = stated_lengths(asked.workload, max(job.max_length for job in found))
     return {job.name: given_layout(job, asked.gpus, asked.hardware, lengths) for job in found}

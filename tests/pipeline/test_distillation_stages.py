@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.recipe import STAGES
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
-from ctpd_nemo.planner.jobs import find_jobs
 from tests.pipeline.recipe import composed, recipe, small_world
 
 LEFT_OUT = ("dpo_positive", "dpo_negative", "dpo_student", "ctpd")
@@ -71,10 +70,3 @@ def test_a_cache_with_too_few_log_probs_stops_before_the_first_stage(
     assert (caught.value.place, caught.value.found) == ("stages.score.method.top_k", found)
     assert caught.value.expected.startswith("12 or more")
     assert not (tmp_path / "run").exists()
-
-
-def test_the_planner_says_that_it_does_not_know_these_methods(tmp_path: Path) -> None:
-    config = composed("pipeline", overrides(tmp_path, ONLINE))
-    with pytest.raises(InputError) as caught:
-        find_jobs(config)
-    assert caught.value.place == "stages.dskd.method.name"
