@@ -3,13 +3,14 @@
     python benchmarks/weight_places.py runs/tables/tiny
 
 Pairs whose rejected response has the wrong answer, and differs in it alone: the mean weight of spans that hold a byte
-of the difference, beside that of the other spans; the last one, which ends the response, is left out.
+of the difference, beside that of the other spans; the last one, which ends the response, is left out. Beside it what
+SFT has taught both models to prefer: the log-prob of chosen less rejected, as a mean over the first 32 pairs of a seed.
 """
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,32 @@ from ctpd_nemo.losses.weights import exponential_weights
 from ctpd_nemo.spans import align_batch
 
 SIDES = ("chosen", "rejected")
+FIRST_PAIRS = 32
+# Roles of the cache; that of the student is there where a table's row asks for it.
+ROLES = {"teacher after SFT": "reference", "student after SFT": "student"}
 
 
 def main() -> None:
     arguments = parse_arguments()
     begin(arguments)
-    results = []
+    results, preferred = [], []
     for folder in sorted(arguments.run_dir.glob("seed-*")):
         for side in SIDES:
             results.append({"seed": folder.name, "response": side, **mean_weights(folder, side, arguments.pairs)})
-    rows = [
-        [row["seed"], row["response"], *(f"{row[name]:.2f}" for name in ("differ", "shared")), str(row["pairs"])]
-        for row in results
+        preferred.append({"seed": folder.name, **{name: preference(folder, role) for name, role in ROLES.items()}})
+    names = ("differ", "shared", "spans")
+    weights = [[row["seed"], row["response"], *_cells(row, names), str(row["pairs"])] for row in results]
+    header = ["seed", "response", "spans that differ", "other spans", "spans a response", "pairs"]
+    margins = [[row["seed"], *_cells(row, ROLES)] for row in preferred]
+    tables = [
+        Table("Mean weight:", header, weights),
+        Table("Log-prob of chosen less rejected, nats:", ["seed", *ROLES], margins),
     ]
-    table = Table("Mean weight:", ["seed", "response", "spans that differ", "other spans", "pairs"], rows)
-    write_report("Where the weights lie", [table], {"weights": results}, arguments)
+    write_report("Where the weights lie", tables, {"weights": results, "preferred": preferred}, arguments)
+
+
+def _cells(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return ["-" if row[name] is None else f"{row[name]:.2f}" for name in names]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,7 +79,15 @@ def mean_weights(folder: Path, side: str, n_pairs: int) -> dict[str, Any]:
         if differs.any() and not differs.all():
             found["differ"].append(float(weights[differs].mean()))
             found["shared"].append(float(weights[~differs].mean()))
+            found["spans"].append(float(len(weights)))
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "pairs": len(found["differ"])}
+
+
+def preference(folder: Path, role: str) -> float | None:
+    """The mean margin of a model on a seed's first pairs; ``None`` where the cache does not have the model."""
+    chosen, rejected = (read_scores(folder / "score/cache", role, side) for side in SIDES)
+    first = list(chosen)[:FIRST_PAIRS]
+    return float(np.mean([chosen[pair].sum() - rejected[pair].sum() for pair in first])) if first else None
 
 
 def read_scores(cache: Path, role: str, side: str) -> dict[str, NDArray[np.float32]]:
