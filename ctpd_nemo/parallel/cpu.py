@@ -110,15 +110,6 @@ def cuda_type_names() -> Iterator[None]:
         torch.Tensor.type = real_type  # type: ignore[method-assign]
 
 
-def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with cuda_type_names():
-            return function(*args, **kwargs)
-
-    return call
-
-
 @functools.cache
 def enable_cpu_execution() -> bool:
     """Answer Megatron-Core's CUDA calls on the CPU; does nothing where torch sees a GPU.
@@ -135,9 +126,6 @@ def enable_cpu_execution() -> bool:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-
-    optimizer: Any = importlib.import_module("megatron.core.optimizer.optimizer")
-    optimizer.clip_grad_by_total_norm_fp32 = _with_cuda_type_names(optimizer.clip_grad_by_total_norm_fp32)
 
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
     return True

@@ -9,6 +9,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -199,14 +200,24 @@ class LightningOptimizer(torch.optim.Optimizer):
             sound: False on any rank leaves parameters and moments as they are, too.
         """
         result = closure() if closure is not None else None
-        # Megatron's own step looks at the norm when it is too late: what clipping by NaN or infinity leaves is applied.
+        # The parts of Megatron's own step, which applies what clipping by NaN or infinity leaves.
         self.megatron.prepare_grads()
         self.grad_norm = float(self.megatron.get_grad_norm() or 0.0)
         self.updated = not any_rank(not (sound and math.isfinite(self.grad_norm)))
         if self.updated:
-            self.megatron.step()
+            self._clip()
+            self.megatron.step_with_ready_grads()
         self.scheduler.step(increment=1)
         return result
+
+    def _clip(self) -> None:
+        """Scale the gradients down where their norm is too large."""
+        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+            # A rank may have nothing to update of a group of parameters.
+            parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                with cuda_type_names():
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, self.grad_norm)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients; Megatron's gradient buffers are cleared by the model (``zero_grad_buffer``)."""

@@ -71,9 +71,10 @@ def install(plan: dict[str, Any], rank: int, folder: Path) -> None:
     def omitting(optimizer: Any, *arguments: Any, **named: Any) -> Any:
         if step not in plan.get("omitted", []):
             return update(optimizer, *arguments, **named)
-        megatron_step, optimizer.megatron.step = optimizer.megatron.step, lambda: (True, 0.0, 0)
+        megatron = optimizer.megatron
+        ready, megatron.step_with_ready_grads = megatron.step_with_ready_grads, lambda: True
         result = update(optimizer, *arguments, **named)
-        optimizer.megatron.step = megatron_step
+        megatron.step_with_ready_grads = ready
         return result
 
     base.run_microbatches = spoilt_run  # type: ignore[assignment]
