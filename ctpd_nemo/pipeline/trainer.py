@@ -14,6 +14,7 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
 from ctpd_nemo.pipeline.places import Places
 from ctpd_nemo.pipeline.progress import ProgressBar, ProgressLines
+from ctpd_nemo.pipeline.tensorboard import LastingTensorBoard
 from ctpd_nemo.pipeline.wandb_run import WandbRun, keep_quiet, wandb_arguments
 
 
@@ -54,8 +55,7 @@ def build_trainer(
         {
             # A folder of its own: NeMo moves every file that it finds there into run_0, run_1, ...
             "explicit_log_dir": str(logs),
-            "create_tensorboard_logger": True,
-            "summary_writer_kwargs": {"purge_step": done_steps, "default_hp_metric": False},
+            "create_tensorboard_logger": False,  # ours, see below
             **wandb_arguments(run, logs),
             # Distributed checkpoints and their resumption are this project's own.
             "create_checkpoint_callback": False,
@@ -66,6 +66,8 @@ def build_trainer(
             "seconds_to_sleep": 0,
         },
     )
+    drawn = LastingTensorBoard(save_dir=str(logs), name="", version="", default_hp_metric=False, purge_step=done_steps)
+    trainer.loggers = [drawn, *trainer.loggers]
     keep_quiet(trainer)
     return trainer
 
