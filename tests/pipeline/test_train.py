@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,24 @@ def test_exports_alike_under_torchrun(world: TinyWorld, trained: Path, tmp_path:
     one, two = (load_file(tmp_path / f"export-{n}" / "model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_second_job_in_a_run_folder_is_refused_and_clears_nothing_away(
+    world: TinyWorld, trained: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    writing = run_dir / "checkpoints/step-00000003.writing-0123abcd"
+    writing.mkdir()
+    lock = run_dir.with_name(".run.lock")
+    held = f"import fcntl, sys; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{held}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another job at work in it"):
+            run(dpo(world, run_dir))
+        assert writing.is_dir()
+        other.communicate()
+    run(dpo(world, run_dir))
+    assert not writing.exists()

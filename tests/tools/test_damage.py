@@ -356,7 +356,7 @@ def test_two_pipelines_in_one_folder_keep_apart_and_a_stopped_one_goes_on(world:
             assert first.poll() is None
         status, _, stderr = run_tool("pipeline.py", arguments, tmp_path)
         assert status == 2
-        assert "another pipeline at work in it" in stderr
+        assert "another job at work in it" in stderr
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
         assert first.returncode == 0
