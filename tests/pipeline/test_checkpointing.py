@@ -236,9 +236,10 @@ def test_the_best_of_an_earlier_part_of_the_run_stays(world: TinyWorld, whole: P
     assert names(run_dir) == [step(1), step(STEPS)]
 
 
-def test_a_metric_that_no_validation_has_is_named(world: TinyWorld, tmp_path: Path) -> None:
+def test_a_metric_that_no_validation_has_is_named_before_the_first_step(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"trainer\.best_by: found 'val_los'; expected one of val_loss"):
         run([*sft(world, tmp_path / "run"), "trainer.keep_best=1", "trainer.best_by=val_los"])
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_keep_best_without_held_out_pairs_is_refused(world: TinyWorld, tmp_path: Path) -> None:
