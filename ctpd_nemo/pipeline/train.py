@@ -83,8 +83,8 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         MetricLog(folder / "metrics.jsonl"),
         watch,
         heartbeat,
-        checkpointing,
         BadStepReport(folder, run.trainer.max_bad_steps),
+        checkpointing,
     ]
     done_steps = step_of(newest) if newest else 0
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
