@@ -87,6 +87,9 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         checkpointing,
     ]
     done_steps = step_of(newest) if newest else 0
+    if done_steps > data.total_steps:
+        expected = f"at most {data.total_steps}, the steps of the whole run by trainer.epochs and trainer.max_steps"
+        raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)

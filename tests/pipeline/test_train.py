@@ -72,6 +72,12 @@ def test_a_run_does_not_go_on_with_other_values(world: TinyWorld, trained: Path,
     assert len(find_checkpoints(trained / "checkpoints")) == 1
 
 
+def test_a_run_of_fewer_steps_than_are_done_is_refused(world: TinyWorld, trained: Path) -> None:
+    """Also where the number of steps may differ: there is nothing to do, and it would be told as done at step 1."""
+    with pytest.raises(InputError, match="resume, steps: found 2 steps that are done; expected at most 1"):
+        run([*dpo(world, trained), "trainer.max_steps=1", "resume.allow=[steps]"])
+
+
 def test_a_run_does_not_go_on_from_other_weights(world: TinyWorld, trained: Path, tmp_path: Path) -> None:
     """DPO measures against the weights it began with."""
     other = Path(shutil.copytree(world.student, tmp_path / "other"))
