@@ -28,7 +28,7 @@ def build_trainer(
         total_steps: Optimizer steps; validation falls on the last where ``validate_every`` is 0.
         callbacks: Beside the progress bar.
         done_steps: Steps that are done. What TensorBoard has of later ones is dropped, as they are done again; and what
-            it has of the last of these, which may be validated again.
+            it has of the last of these, which may be validated again. A run that is done draws nothing again.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     logs = Path(run.run_dir).absolute() / "logs"
@@ -66,7 +66,8 @@ def build_trainer(
             "seconds_to_sleep": 0,
         },
     )
-    drawn = LastingTensorBoard(save_dir=str(logs), name="", version="", default_hp_metric=False, purge_step=done_steps)
+    purge = done_steps if done_steps < total_steps else None
+    drawn = LastingTensorBoard(save_dir=str(logs), name="", version="", default_hp_metric=False, purge_step=purge)
     trainer.loggers = [drawn, *trainer.loggers]
     keep_quiet(trainer)
     return trainer
