@@ -345,6 +345,25 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_points_of_tensorboard_alone
     assert len(drawn) == len({point.step for point in drawn}) < steps
 
 
+def test_a_folder_that_goes_away_during_a_save_fails_the_save_and_not_the_run(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_manifest, gone = checkpoint_files.write_manifest, []
+
+    def write(folder: Path) -> None:
+        if not gone:
+            gone.append(folder)
+            shutil.rmtree(folder.parent)
+        write_manifest(folder)
+
+    monkeypatch.setattr(checkpoint_files, "write_manifest", write)
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        run(sft(world, tmp_path / "run"))
+    (told,) = (record.getMessage() for record in caplog.records if "could not be written" in record.getMessage())
+    assert "as of step 1; training goes on" in told
+    assert names(tmp_path / "run") == [step(number) for number in range(2, STEPS + 1)]
+
+
 # Other input
 
 
