@@ -43,6 +43,9 @@ logger = logging.getLogger(__name__)
 # Values of a method's config that name a folder.
 FOLDERS = ("scores", "student_scores", "positive", "negative", "student_positive", "student_negative")
 
+# Metrics of every method: pairs that were skipped, and responses that were cut.
+LEFT_OUT = ("skipped", "truncated")
+
 
 class MegatronModel(ModelPT):
     """A NeMo model around Megatron-Core GPT chunks, trained by Megatron's schedules and optimizer.
@@ -270,7 +273,7 @@ class MegatronModel(ModelPT):
 
 def _left_out(stats: StepStats) -> dict[str, float]:
     """Pairs that were skipped and responses that were cut, as metrics."""
-    return {"skipped": float(stats.skipped.total()), "truncated": float(stats.truncated)}
+    return dict(zip(LEFT_OUT, (float(stats.skipped.total()), float(stats.truncated)), strict=True))
 
 
 def _data_parallel() -> tuple[int, int]:

@@ -109,9 +109,9 @@ class CheckpointWriter:
             reason = None
             if dist.get_rank() == 0:
                 causes = [str(failure[0]) for failure in getattr(error, "failures", {}).values()]
-                free = shutil.disk_usage(writing.parent).free / 2**20
+                room = _room(writing.parent)
                 shutil.rmtree(writing, ignore_errors=True)
-                reason = f"{' '.join((causes or [str(error)])[0].split())} ({free:.1f} MiB free on its disk)"
+                reason = f"{' '.join((causes or [str(error)])[0].split())} ({room})"
             raise SaveFailed(first_reason(reason)) from error
 
 
@@ -129,6 +129,14 @@ def _begin(final: Path) -> Path:
     if told[1] is not None:
         raise SaveFailed(told[1])
     return told[0]
+
+
+def _room(folder: Path) -> str:
+    """What there is on the disk of a folder, which may be gone with its disk."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**20:.1f} MiB free on its disk"
+    except OSError as error:
+        return f"its disk cannot be looked at: {error}"
 
 
 def _request(state: dict[str, Any], writing: Path, in_background: bool) -> async_utils.AsyncRequest:

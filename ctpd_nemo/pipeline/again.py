@@ -82,6 +82,10 @@ def _make_absolute(run: RunConfig, folder: Path) -> None:
         for key in keys:
             if getattr(part, key, None) is not None:
                 setattr(part, key, str(folder / getattr(part, key)))
+    for side in (run.model.student, run.model.teacher):
+        # A template is one by its braces; else it is the path of one.
+        if side.chat_template is not None and "{" not in side.chat_template:
+            side.chat_template = str(folder / side.chat_template)
     run.data.train = [str(folder / path) for path in run.data.train]
     run.data.validation = [str(folder / path) for path in run.data.validation]
     if run.data.encoded not in (None, "auto"):

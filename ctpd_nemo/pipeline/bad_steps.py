@@ -1,5 +1,6 @@
 """What becomes of steps whose loss or gradient is not finite: their pairs are written down; too many end the run."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ctpd_nemo.data.loader import StepBatch
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.bad_steps import BadSteps
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
+from ctpd_nemo.parallel.checkpoint_writer import SaveFailed
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.step_rows import StepRows
 
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class BadStepReport(Callback):
-    """Counts bad steps over all parts of a run; comes after ``Checkpointing``, whose last good one it stops at.
+    """Counts bad steps over all parts of a run; comes before ``Checkpointing``, which may end the job at one.
 
     Each has a row in a JSON-lines file: ``step``, ``loss`` and ``grad_norm`` as text ("nan", "inf"), and
     ``microbatches``, of all data-parallel ranks, each with its ``pairs`` and their mean ``loss``.
@@ -75,8 +77,9 @@ class BadStepReport(Callback):
             self._stop(trainer)
 
     def _stop(self, trainer: pl.Trainer) -> None:
-        # One that is still being written is the last good one.
-        trainer.strategy.writer.finish(wait=True)  # type: ignore[attr-defined]
+        # One that is still being written is the last good one, or failed: then that before is.
+        with contextlib.suppress(SaveFailed):
+            trainer.strategy.writer.finish(wait=True)  # type: ignore[attr-defined]
         good = on_rank_0(lambda: find_checkpoints(self.folder / "checkpoints"))
         newest = f"training goes on from {good[-1]}" if good else "there is no checkpoint yet"
         count = self.counts.in_a_row

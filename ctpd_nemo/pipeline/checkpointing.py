@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.base import LEFT_OUT
 from ctpd_nemo.models.config import TrainerConfig
 from ctpd_nemo.parallel import checkpoint_files as files
 from ctpd_nemo.parallel.agreement import any_rank, first_reason
@@ -44,7 +45,14 @@ class Checkpointing(Callback):
         self._stop = StopRequest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Listen for SIGTERM."""
+        """Listen for SIGTERM.
+
+        Raises:
+            InputError: Validations will have no such metric as checkpoints are compared by.
+        """
+        known = [f"val_{name}" for name in (*pl_module.metric_names, *LEFT_OUT)]
+        if self.config.keep_best and self.config.best_by not in known:
+            raise InputError("trainer.best_by", repr(self.config.best_by), f"one of {', '.join(known)}")
         self._begun_at = trainer.global_step
         self._stop.listen()
 
@@ -71,16 +79,9 @@ class Checkpointing(Callback):
             self._end(step)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Write down how good this step is.
-
-        Raises:
-            InputError: There is no such metric.
-        """
+        """Write down how good this step is."""
         if self.config.keep_best:
-            value = pl_module.last_validation.get(self.config.best_by)
-            if value is None:
-                known = ", ".join(pl_module.last_validation)
-                raise InputError("trainer.best_by", repr(self.config.best_by), f"one of {known}")
+            value = pl_module.last_validation[self.config.best_by]
             # A NaN is no better and no worse than anything, and JSON has no word for it.
             if trainer.is_global_zero and math.isfinite(value):
                 values = _read_values(self.folder) | {_name(trainer.global_step): value}

@@ -1,5 +1,6 @@
 """How the tools begin and end: Hydra in front; one line and status 2 behind, where the input is at fault."""
 
+import errno
 import functools
 import logging
 import os
@@ -84,9 +85,12 @@ def run(task: Task, config: DictConfig) -> None:
         logging.getLogger(__name__).info("%s", stopped.message)
         raise
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
+        # An open file that cannot grow: the error has no name of it.
+        stop(InputError(str(config.get("run_dir") or "disk"), str(error.strerror), "room to write"))
 
 
 def stop(error: InputError) -> None:

@@ -181,7 +181,7 @@ class Heartbeat(Callback):
         """Its folder, as ``checkpoints/latest`` names it when it is whole."""
         latest = self.path.parent / "checkpoints" / LATEST
         try:
-            return str(latest.parent / latest.read_text(encoding="utf-8").strip())
+            return str(latest.parent / latest.read_text(encoding="utf-8", errors="replace").strip())
         except OSError:
             return None
 

@@ -4,6 +4,7 @@
 """
 
 import logging
+import threading
 import warnings
 
 _LOGGERS = (
@@ -33,6 +34,9 @@ def before_imports() -> None:
     """Set filters and log levels; has no effect on this project's own messages."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)
+    # A log file on a full disk: each line that it has no room for would be a traceback on the terminal.
+    logging.raiseExceptions = False
+    threading.excepthook = _without_tensorboard
     for module in ("lightning", "megatron", "nemo", "pydantic", "torch.distributed"):
         warnings.filterwarnings("ignore", module=rf"{module}\b")
     _lower_loggers()
@@ -51,6 +55,12 @@ def after_imports() -> None:
     # A bar for every read and write of a few tensors.
     transformers_logging.disable_progress_bar()
     _lower_loggers()
+
+
+def _without_tensorboard(ended: threading.ExceptHookArgs) -> None:
+    """A thread of TensorBoard that a full disk ends hands its error over, which is told as one line."""
+    if not (isinstance(ended.exc_value, OSError) and type(ended.thread).__name__ == "_AsyncWriterThread"):
+        threading.__excepthook__(ended)
 
 
 def _lower_loggers() -> None:

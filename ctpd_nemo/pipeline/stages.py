@@ -5,8 +5,6 @@ whether it is complete. A complete stage whose fingerprint still holds is skippe
 newest checkpoint or shard. One whose inputs have changed is done again; what it had made is moved aside, not deleted.
 """
 
-import errno
-import fcntl
 import functools
 import gc
 import hashlib
@@ -16,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,6 +32,7 @@ from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
+from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
@@ -47,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 
 STATUS = "stage.json"
-# Open files whose locks say that this process is at work in a stage.
-_claims: dict[Path, IO[str]] = {}
 # How the work is cut up changes results by rounding alone: a run may go on with other values of these.
 _CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing", "encoded")
 
@@ -197,7 +194,7 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     if done := _complete(stage, run, fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
         return done
-    on_rank_0(lambda: _claim(folder))
+    on_rank_0(lambda: claim(folder))
     status = on_rank_0(lambda: _prepare(folder, fingerprint))
     logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
     started = time.perf_counter()
@@ -212,25 +209,6 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
     on_rank_0(lambda: _write_status(folder, fingerprint, complete=True, seconds=seconds))
     logger.info("%-13s done in %.0f s: %s", stage.name, seconds, output)
     return StageResult(output, seconds, skipped=False)
-
-
-def _claim(folder: Path) -> None:
-    """Keep other pipelines out of a stage's folder until this process ends, however it ends."""
-    path = folder.with_name(f".{folder.name}.lock")
-    if path in _claims:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open("w")
-    try:
-        # Not flock: workers that outlive a killed process would hold what they have inherited.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(str(folder), "another pipeline at work in it", "a run_dir of its own for each") from error
-        # A file system without locks: nobody can tell.
-        return
-    _claims[path] = lock
 
 
 def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:

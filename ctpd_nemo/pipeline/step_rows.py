@@ -1,5 +1,6 @@
 """JSON lines that a run writes step by step, and cuts back where it does steps again."""
 
+import contextlib
 import json
 import logging
 import math
@@ -47,13 +48,16 @@ class StepRows:
     def append(self, row: Row) -> None:
         """Write a row, and those that wait."""
         self._waiting.append(json.dumps(_finite_or_null(row), allow_nan=False) + "\n")
-        size = self.path.stat().st_size if self.path.exists() else 0
+        size = None
         try:
             with self.path.open("a", encoding="utf-8") as file:
+                size = file.tell()
                 file.write("".join(self._waiting))
         except OSError as error:
-            # What was written of a line would run into the next.
-            os.truncate(self.path, size)
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    # What was written of a line would run into the next.
+                    os.truncate(self.path, size)
             logger.warning("%s: %d rows wait to be written: %s", self.path, len(self._waiting), error)
         else:
             self._waiting.clear()
@@ -71,6 +75,10 @@ def _whole_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Lines and what they hold; a process that was killed may leave half a line."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield line, json.loads(line)
-        except ValueError:
-            logger.warning("%s: left out, as it is no whole row: %.60s", path, line)
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            yield line, row
+        else:
+            logger.warning("%s: left out, as it is no whole row: %.60r", path, line)

@@ -23,6 +23,7 @@ from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.bad_steps import BadStepReport
 from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
+from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
@@ -60,7 +61,9 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
         check_model(path, data.encoder.policy if reads_as_policy else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
-    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
+    folder = Path(run.run_dir)
+    watch_for_hangs(folder, run.parallel.timeout_minutes)
+    on_rank_0(lambda: claim(folder))
     use_encoded(data)
     if reference == "cache" and isinstance(run.method, DistillationConfig):
         data.top_k = _open_top_k(run, data)
@@ -69,7 +72,6 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     elif weighted is not None and weighted.weighting(run.seed).draws:
         data.scores = SpanDraws(run.seed)
     data.weights = weights_fingerprints(folders)
-    folder = Path(run.run_dir)
     checkpoints = folder / "checkpoints"
     newest = _newest_checkpoint(run, checkpoints)
     checkpointing = Checkpointing(checkpoints, run.trainer)
@@ -81,10 +83,13 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         MetricLog(folder / "metrics.jsonl"),
         watch,
         heartbeat,
-        checkpointing,
         BadStepReport(folder, run.trainer.max_bad_steps),
+        checkpointing,
     ]
     done_steps = step_of(newest) if newest else 0
+    if done_steps > data.total_steps:
+        expected = f"at most {data.total_steps}, the steps of the whole run by trainer.epochs and trainer.max_steps"
+        raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     trainer.fit(model, ckpt_path=str(newest) if newest else None)

@@ -14,6 +14,7 @@ from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.strategy import MegatronStrategy
 from ctpd_nemo.pipeline.places import Places
 from ctpd_nemo.pipeline.progress import ProgressBar, ProgressLines
+from ctpd_nemo.pipeline.tensorboard import LastingTensorBoard
 from ctpd_nemo.pipeline.wandb_run import WandbRun, keep_quiet, wandb_arguments
 
 
@@ -27,7 +28,7 @@ def build_trainer(
         total_steps: Optimizer steps; validation falls on the last where ``validate_every`` is 0.
         callbacks: Beside the progress bar.
         done_steps: Steps that are done. What TensorBoard has of later ones is dropped, as they are done again; and what
-            it has of the last of these, which may be validated again.
+            it has of the last of these, which may be validated again. A run that is done draws nothing again.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     logs = Path(run.run_dir).absolute() / "logs"
@@ -54,8 +55,7 @@ def build_trainer(
         {
             # A folder of its own: NeMo moves every file that it finds there into run_0, run_1, ...
             "explicit_log_dir": str(logs),
-            "create_tensorboard_logger": True,
-            "summary_writer_kwargs": {"purge_step": done_steps, "default_hp_metric": False},
+            "create_tensorboard_logger": False,  # ours, see below
             **wandb_arguments(run, logs),
             # Distributed checkpoints and their resumption are this project's own.
             "create_checkpoint_callback": False,
@@ -66,6 +66,9 @@ def build_trainer(
             "seconds_to_sleep": 0,
         },
     )
+    purge = done_steps if done_steps < total_steps else None
+    drawn = LastingTensorBoard(save_dir=str(logs), name="", version="", default_hp_metric=False, purge_step=purge)
+    trainer.loggers = [drawn, *trainer.loggers]
     keep_quiet(trainer)
     return trainer
 

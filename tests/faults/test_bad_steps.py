@@ -117,6 +117,17 @@ def test_the_count_and_the_pairs_of_bad_steps_are_the_same_after_a_kill(
     assert [row["step"] for row in bad_batches(killed.folder)] == [2, 3, 5]
 
 
+def test_the_pairs_of_a_bad_step_at_which_the_job_is_asked_to_stop_are_written_down(
+    zygote: Zygote, world: TinyWorld, tmp_path: Path
+) -> None:
+    stopped = job("one", zygote, world, tmp_path)
+    fault = {"point": "after a row", "nth": 3, "rank": 0, "signal": int(signal.SIGTERM)}
+    statuses, _ = stopped.run(fault, {"losses": [[3, 0]]})
+    assert statuses == [0]
+    assert [row["step"] for row in bad_batches(stopped.folder)] == [3]
+    assert whole_checkpoints(stopped.folder / "run")[-1] == 3
+
+
 @pytest.mark.parametrize("async_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(
     async_save: bool, zygote: Zygote, world: TinyWorld, tmp_path: Path

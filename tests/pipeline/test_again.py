@@ -76,6 +76,16 @@ def test_relative_paths_are_those_of_the_folder_that_the_job_ran_in(tmp_path: Pa
     assert config.data.encoded == "auto"
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("chat.jinja", "/elsewhere/chat.jinja"), ("/chat.jinja", "/chat.jinja"), ("{{ messages }}", "{{ messages }}")],
+)
+def test_a_template_is_that_file_or_stays_text(template: str, expected: str, tmp_path: Path) -> None:
+    run = written(tmp_path / "run", "method=sft", f"model.teacher.chat_template='{template}'", ran_in="/elsewhere")
+    config = run_config(offered(str(run)))  # type: ignore[arg-type]
+    assert config.model.teacher.chat_template == expected
+
+
 def test_a_folder_without_a_record_of_training_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"empty/config\.json: found no such file; expected the config that a job"):

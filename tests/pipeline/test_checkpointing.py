@@ -1,5 +1,6 @@
 """Checkpoints that can be trusted: what is damaged is found and not taken, what cannot be written ends no run."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from megatron.core import dist_checkpointing
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel import checkpoint_files
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
+from ctpd_nemo.pipeline import tensorboard
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
@@ -232,9 +236,10 @@ def test_the_best_of_an_earlier_part_of_the_run_stays(world: TinyWorld, whole: P
     assert names(run_dir) == [step(1), step(STEPS)]
 
 
-def test_a_metric_that_no_validation_has_is_named(world: TinyWorld, tmp_path: Path) -> None:
+def test_a_metric_that_no_validation_has_is_named_before_the_first_step(world: TinyWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"trainer\.best_by: found 'val_los'; expected one of val_loss"):
         run([*sft(world, tmp_path / "run"), "trainer.keep_best=1", "trainer.best_by=val_los"])
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_keep_best_without_held_out_pairs_is_refused(world: TinyWorld, tmp_path: Path) -> None:
@@ -269,7 +274,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("may not mount a file system")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    # Log files of the run are open yet.
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
@@ -303,6 +309,59 @@ def test_a_full_disk_fails_the_save_and_not_the_run(
     run([*overrides, "trainer.keep_last=1"])
     assert names(run_dir) == [step(STEPS)]
     assert same_tensors(run_dir / "checkpoints" / step(4), whole / "checkpoints" / step(4))
+
+
+class FullFor(Callback):
+    """Fills a file system at the start of one step, and makes room at that of another."""
+
+    def __init__(self, disk: Path, first: int, last: int) -> None:
+        self.filler, self.first, self.last = disk / "other files", first, last
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.first:
+            with self.filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        elif batch_idx == self.last:
+            self.filler.unlink()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_a_while_costs_a_run_points_of_tensorboard_alone(
+    world: TinyWorld, small_disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tensorboard, "_RETRY", 0.0)
+    run_dir, steps = small_disk / "run", 24
+    seldom = ["trainer.epochs=8", f"trainer.max_steps={steps}", "trainer.checkpoint_every=8", "trainer.log_every=1"]
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        train(run_config(composed("train", [*sft(world, run_dir), *seldom])), [FullFor(small_disk, 2, 18)])
+    told = [record.getMessage() for record in caplog.records]
+    for said in ("heartbeat.json: not written", "rows wait to be written", "left out of TensorBoard", "as of step 8"):
+        assert any(said in message for message in told), said
+    assert names(run_dir) == [step(steps)]
+    assert [row["step"] for row in rows(run_dir) if "loss" in row] == list(range(1, steps + 1))
+    drawn = EventAccumulator(str(run_dir / "logs")).Reload().Scalars("loss")
+    assert {1, 2, steps} < {point.step for point in drawn}
+    assert len(drawn) == len({point.step for point in drawn}) < steps
+
+
+def test_a_folder_that_goes_away_during_a_save_fails_the_save_and_not_the_run(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_manifest, gone = checkpoint_files.write_manifest, []
+
+    def write(folder: Path) -> None:
+        if not gone:
+            gone.append(folder)
+            shutil.rmtree(folder.parent)
+        write_manifest(folder)
+
+    monkeypatch.setattr(checkpoint_files, "write_manifest", write)
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        run(sft(world, tmp_path / "run"))
+    (told,) = (record.getMessage() for record in caplog.records if "could not be written" in record.getMessage())
+    assert "as of step 1; training goes on" in told
+    assert names(tmp_path / "run") == [step(number) for number in range(2, STEPS + 1)]
 
 
 # Other input

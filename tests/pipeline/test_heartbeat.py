@@ -148,3 +148,10 @@ def test_a_full_disk_is_told_once_and_stops_nothing(
     assert job.told() == before, "a reader still finds the last whole one"
     job.step(2.0)
     assert job.told()["step"] == 44
+
+
+def test_a_damaged_name_of_the_last_checkpoint_stops_nothing(job: Job, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_bytes(b"\xff\xfe\x00step")
+    job.step(2.0)
+    assert job.told()["step"] == 41

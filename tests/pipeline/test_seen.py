@@ -101,6 +101,15 @@ def test_no_log_has_a_step_twice(gone_on: Path) -> None:
         assert [point.value for point in points] == pytest.approx(logged, rel=1e-6)
 
 
+def test_a_run_that_is_done_keeps_its_last_step_when_it_is_started_again(world: TinyWorld, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        sft(world, run_dir)
+    drawn = EventAccumulator(str(run_dir / "logs")).Reload()
+    assert [point.step for point in drawn.Scalars("loss")] == list(range(1, STEPS + 1))
+    assert [point.step for point in drawn.Scalars("val_loss")] == [2, 4, 6]
+
+
 def test_lines_of_a_run_that_goes_on_count_the_whole_run(gone_on: Path, lines: list[str]) -> None:
     steps = [line for line in lines if re.search(r"step \d+ of \d+", line)]
     assert [re.findall(r"step (\d+) of (\d+)", line)[0] for line in steps] == [("5", "6"), ("6", "6")]

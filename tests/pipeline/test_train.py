@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,12 @@ def test_a_run_does_not_go_on_with_other_values(world: TinyWorld, trained: Path,
     assert len(find_checkpoints(trained / "checkpoints")) == 1
 
 
+def test_a_run_of_fewer_steps_than_are_done_is_refused(world: TinyWorld, trained: Path) -> None:
+    """Also where the number of steps may differ: there is nothing to do, and it would be told as done at step 1."""
+    with pytest.raises(InputError, match="resume, steps: found 2 steps that are done; expected at most 1"):
+        run([*dpo(world, trained), "trainer.max_steps=1", "resume.allow=[steps]"])
+
+
 def test_a_run_does_not_go_on_from_other_weights(world: TinyWorld, trained: Path, tmp_path: Path) -> None:
     """DPO measures against the weights it began with."""
     other = Path(shutil.copytree(world.student, tmp_path / "other"))
@@ -96,3 +104,24 @@ def test_exports_alike_under_torchrun(world: TinyWorld, trained: Path, tmp_path:
     one, two = (load_file(tmp_path / f"export-{n}" / "model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_second_job_in_a_run_folder_is_refused_and_clears_nothing_away(
+    world: TinyWorld, trained: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(trained, tmp_path / "run"))
+    writing = run_dir / "checkpoints/step-00000003.writing-0123abcd"
+    writing.mkdir()
+    lock = run_dir.with_name(".run.lock")
+    held = f"import fcntl, sys; f = open({str(lock)!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{held}; sys.stdin.read()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(InputError, match="another job at work in it"):
+            run(dpo(world, run_dir))
+        assert writing.is_dir()
+        other.communicate()
+    run(dpo(world, run_dir))
+    assert not writing.exists()

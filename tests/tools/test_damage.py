@@ -1,5 +1,6 @@
 """What is damaged, taken or cut off stops a job with one line, and the same command goes on once that is put right."""
 
+import errno
 import json
 import logging
 import os
@@ -12,11 +13,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline import entry
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score import score
@@ -101,6 +104,21 @@ def test_an_error_is_one_line_whatever_a_library_says(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a file Arrow cannot read") as error:
         open_preferences(tmp_path / "twice.parquet")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_full_when_a_job_begins_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    """A file that is open cannot grow: the error does not say which."""
+
+    def task(config: DictConfig) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(SystemExit) as ended:
+        entry.run(task, OmegaConf.create({"run_dir": str(tmp_path)}))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: found {os.strerror(number)}; expected room to write\n"
 
 
 # Values
@@ -338,7 +356,7 @@ def test_two_pipelines_in_one_folder_keep_apart_and_a_stopped_one_goes_on(world:
             assert first.poll() is None
         status, _, stderr = run_tool("pipeline.py", arguments, tmp_path)
         assert status == 2
-        assert "another pipeline at work in it" in stderr
+        assert "another job at work in it" in stderr
         first.send_signal(signal.SIGTERM)
         first.communicate(timeout=60)
         assert first.returncode == 0

@@ -1,0 +1,42 @@
+"""One job at a time in a run folder: a second would clear away what the first is writing."""
+
+import errno
+import fcntl
+from pathlib import Path
+from typing import IO
+
+from ctpd_nemo.errors import InputError
+
+# Open files whose locks say that this process is at work in a folder.
+_claims: dict[Path, IO[str]] = {}
+
+
+def claim(folder: Path) -> None:
+    """Keep other jobs out of a folder until this process ends, however it ends; rank 0 does it.
+
+    The lock is a file beside the folder, which may itself be moved away.
+
+    Raises:
+        InputError: Another job is at work in it.
+    """
+    folder = folder.resolve()
+    path = folder.with_name(f".{folder.name}.lock")
+    if path in _claims:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except PermissionError:
+        # The folder is all that is one's own, and nobody can tell.
+        return
+    try:
+        # Not flock: workers that outlive a killed process would hold what they have inherited.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            expected = f"a run_dir of its own for each (the other one has locked {path})"
+            raise InputError(str(folder), "another job at work in it", expected) from error
+        # A file system without locks: nobody can tell.
+        return
+    _claims[path] = lock
