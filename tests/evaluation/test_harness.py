@@ -2,17 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.evaluate import EvaluateConfig, PairsConfig, TasksConfig, evaluate
 from ctpd_nemo.evaluation.harness import run_harness
 from ctpd_nemo.evaluation.local_rows import read_local_rows
+from ctpd_nemo.evaluation.preferences import evaluate_folder
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.pipeline.recipe import small_world
 from tests.pipeline.tool import run_tool
@@ -76,6 +79,28 @@ def test_hellaswag_equals_one_choice_at_a_time(world: TinyWorld, data: Path) -> 
     assert found["n"] == 10
     assert found["value"] == pytest.approx(sum(right) / 10)
     assert found["standard_error"] == pytest.approx(torch.tensor(right).std().item() / 10**0.5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        # The harness alone would draw these weights at random, and score what comes of it.
+        (lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"), r"missing keys: model\.layers\.0\.mlp\.up"),
+        (lambda weights: weights["model.norm.weight"].fill_(float("nan")), "found logits that are not finite"),
+    ],
+)
+def test_a_broken_model_has_no_scores(
+    spoil: Callable[[dict[str, torch.Tensor]], Any], message: str, world: TinyWorld, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    folder = shutil.copytree(world.student, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        run_harness(folder, ["hellaswag"], data=data, num_fewshot=0, limit=2)
+    with pytest.raises(InputError, match=message):
+        evaluate_folder(folder, world.test)
 
 
 @pytest.mark.slow
