@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import evaluation_rows
 from ctpd_nemo.evaluation.evaluate import EvaluateConfig, PairsConfig, TasksConfig, evaluate
 from ctpd_nemo.evaluation.harness import run_harness
 from ctpd_nemo.evaluation.local_rows import read_local_rows
@@ -133,6 +134,44 @@ def test_the_tool_writes_the_evaluation_and_says_what_is_wrong(world: TinyWorld,
     status, _, stderr = run_tool("evaluate.py", arguments, tmp_path)
     assert status == 2
     assert "evaluation.json: found a JSON list; expected a JSON object" in stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvaluateConfig(batch_size=0), "batch_size: found 0; expected 1 or more"),
+        (EvaluateConfig(tasks=TasksConfig(limit=0)), r"tasks\.limit: found 0; expected 1 or more"),
+        (EvaluateConfig(tasks=TasksConfig(max_length=1)), r"tasks\.max_length: found 1; expected 2 or more"),
+        (EvaluateConfig(pairs=PairsConfig(limit=-1)), r"pairs\.limit: found -1; expected 1 or more"),
+        (EvaluateConfig(pairs=PairsConfig(max_new_tokens=0)), r"pairs\.max_new_tokens: found 0; expected 1 or more"),
+        (EvaluateConfig(pairs=PairsConfig(beta=float("nan"))), r"pairs\.beta: found nan; expected a positive number"),
+        (EvaluateConfig(seed=-1), "seed: found -1; expected 0 to"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(config: EvaluateConfig, message: str, tmp_path: Path) -> None:
+    config.folder = str(tmp_path)
+    with pytest.raises(InputError, match=message):
+        evaluate(config)
+
+
+def test_two_evaluations_side_by_side_keep_each_others_results(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(world.student, tmp_path / "export")
+    task = {"metric": "acc", "value": 0.5, "standard_error": None, "n": 4}
+
+    def meanwhile(*_: Any, **__: Any) -> Any:
+        (folder / "evaluation.json").write_text(json.dumps({"tasks": {"winogrande": task}}))
+        return evaluate_folder(world.student, world.test, max_new_tokens=1, generations=2)
+
+    monkeypatch.setattr("ctpd_nemo.evaluation.evaluate.evaluate_folder", meanwhile)
+    evaluate(EvaluateConfig(str(folder), TasksConfig([]), PairsConfig(str(world.test))))
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["tasks"] == {"winogrande": task}
+    assert found["preferences"]["n"] == 4
+    # Two of the four prompts were answered.
+    rows = {row["metric"]: row["n"] for row in evaluation_rows(found)}
+    assert (rows["answer_accuracy"], rows["preference_accuracy"], rows["acc"]) == (2, 4, 4)
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
