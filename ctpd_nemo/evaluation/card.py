@@ -68,7 +68,12 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
             return False
         own, before, after = parts
     evaluation = read_evaluation(folder)
-    front = yaml.safe_dump({**own, **_metadata(name, record, evaluation)}, sort_keys=False, allow_unicode=False)
+    ours = _metadata(name, record, evaluation)
+    # What a user has set since, such as the licence, stays. Results are renewed, and hold the name where there are some.
+    results = {key: value for key, value in ours.items() if key == "model-index"}
+    if results:
+        own.pop("model_name", None)
+    front = yaml.safe_dump({**ours, **own, **results}, sort_keys=False, allow_unicode=False)
     _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(name, record, evaluation)}{END}{after}")
     return True
 
@@ -134,11 +139,13 @@ def _method(record: Mapping[str, Any]) -> str:
 def repository(folder: str) -> str:
     """What a model is called on the Hub: ``owner/name`` where its folder is in a cache of the Hub, else its own name.
 
-    It can stand in ``base_model``: letters, digits, ``-``, ``_`` and ``.``, and one slash.
+    It can stand in ``base_model``: letters, digits, ``_``, ``-`` and ``.``, neither of these two twice in a row,
+    and one slash.
     """
     cached = _CACHED.search(folder)
     parts = cached.group(1).split("--", 1) if cached else [Path(folder).name]
-    return "/".join(_plain(part).strip("-.") or "unnamed" for part in parts)
+    singles = (re.sub(r"--+|\.\.+", lambda marks: marks[0][0], _plain(part)) for part in parts)
+    return "/".join(single.removesuffix(".git").strip("-.") or "unnamed" for single in singles)
 
 
 def _plain(text: str) -> str:
