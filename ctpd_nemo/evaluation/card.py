@@ -205,7 +205,15 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
             lines.append(f"- {side} {_code(repository(str(record[side])))}: {said}.")
     lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
     if config:
-        lines += [f"`python tools/train.py` with the values of `config` in `{RECORD}`, beside this card."]
+        lines += [
+            "In a checkout of ctpd_nemo, with the path of this card's folder for `FOLDER`, and under `torchrun` where"
+            " `parallel` asks for more than one process:",
+            "",
+            "    python tools/train.py --from-run FOLDER",
+            "",
+            f"It trains with `config` of `{RECORD}` in that folder. What lies elsewhere now is given behind it, as"
+            " `model.student.path=...` or `data.train=[...]`.",
+        ]
     lines += ["", "| package | version |", "|---|---|"]
     lines += [f"| {name} | {_code(value)} |" for name, value in (record.get("versions") or {}).items()]
     return "\n".join(lines) + "\n"
