@@ -69,7 +69,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
         own, before, after = parts
     evaluation = read_evaluation(folder)
     ours = _metadata(name, record, evaluation)
-    # What a user has set since, such as the licence, stays. Results are renewed, and hold the name where there are some.
+    # What a user has set since, such as the licence, stays. Results are new, and have the name where there are some.
     results = {key: value for key, value in ours.items() if key == "model-index"}
     if results:
         own.pop("model_name", None)

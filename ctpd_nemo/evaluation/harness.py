@@ -7,7 +7,7 @@ instead of their datasets, and nothing is asked of a network.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def run_harness(
 
     Returns:
         For each task ``metric``, ``value``, ``standard_error`` (of the harness; ``None`` where it gives none), ``n``
-        questions, ``num_fewshot``, ``source`` and the harness's ``version``.
+        questions, ``num_fewshot``, ``limit``, ``source`` and the harness's ``version``.
 
     Raises:
         InputError: The harness is not installed, a task is not known, or rows cannot be used; the folder holds no
@@ -87,8 +87,14 @@ def run_harness(
             fewshot_random_seed=seed,
             log_samples=False,
         )
-        found[name] = _result(spec, results, data, lm_eval.__version__)
+        found[name] = _result(spec, results, data, lm_eval.__version__) | {"limit": limit}
     return found
+
+
+def is_leaderboards(name: str, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of all questions, behind as many examples as on the leaderboard."""
+    shots = _spec(name, None)["num_fewshot"]
+    return result.get("limit") is None and result.get("num_fewshot", shots) == shots
 
 
 def _harness() -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import EVALUATION, read_json
+from ctpd_nemo.evaluation.card import read_evaluation, read_json
 from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.methods import METHOD_CONFIGS
 from ctpd_nemo.pipeline.recipe import find_stages, needed_stages, stage_values
@@ -24,7 +24,7 @@ from ctpd_nemo.planner.search import given_layout
 from ctpd_nemo.planner.tables import Table
 from ctpd_nemo.planner.workload import stated_lengths
 from ctpd_nemo.reproduce.config import ReproduceConfig
-from ctpd_nemo.reproduce.scores import BENCHMARKS
+from ctpd_nemo.reproduce.scores import BENCHMARKS, benchmark_scores
 from ctpd_nemo.reproduce.seed import seed_folder
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -99,8 +99,8 @@ def _jobs(
         hours, gpu_hours = (cost.hours, cost.gpu_hours) if cost else (None, None)
         jobs.append(ChainJob(name, False, complete, hours, gpu_hours, command))
     for stage in dict.fromkeys(students):
-        tasks = read_json(folder / stage / "export" / EVALUATION).get("tasks") or {}
-        complete = set(BENCHMARKS.values()) <= set(tasks)
+        scores, _ = benchmark_scores(read_evaluation(folder / stage / "export"))
+        complete = scores.keys() >= BENCHMARKS.keys()
         command = ["python", "tools/evaluate.py", f"folder={_quoted(folder / stage / 'export')}", "device=cuda"]
         jobs.append(ChainJob(stage, True, complete, None, None, command))
     return jobs

@@ -78,6 +78,19 @@ def test_what_is_done_is_not_asked_for_again_and_stands_in_the_table(tmp_path: P
     assert row.endswith("| 50.00 (43.26) |")
 
 
+@pytest.mark.parametrize("trial", [{"limit": 5}, {"num_fewshot": 0}])
+def test_a_trial_is_no_evaluation(trial: dict[str, int], tmp_path: Path) -> None:
+    export = tmp_path / "seed-0" / "ctpd" / "export"
+    export.mkdir(parents=True)
+    whole = {"metric": "acc", "value": 0.5, "standard_error": 0.01, "n": 10}
+    names = ("arc_challenge", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+    tasks = {**dict.fromkeys(names, whole), "hellaswag": whole | trial}
+    (export / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
+    assert not [job["name"] for job in jobs(tmp_path, 1) if job["done"]]
+    (row,) = [line for line in (tmp_path / "table-1.md").read_text().splitlines() if line.startswith("| CTPD |")]
+    assert row.startswith("| CTPD | - (67.30 ± 0.46) | 50.00 ± 1.00 (40.61")
+
+
 def test_slurm_gets_stages_and_evaluations_behind_them(
     stubs: Stubs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
