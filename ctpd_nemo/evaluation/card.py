@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 BEGIN, END = "<!-- ctpd_nemo: begin -->", "<!-- ctpd_nemo: end -->"
 RECORD = "ctpd_nemo.json"
 EVALUATION = "evaluation.json"
+# Of a run's config, those that the card shows.
+_SECTIONS = ("method", "optim", "trainer", "data", "precision", "parallel")
 _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
 # Of ``huggingface_hub``: models--OWNER--NAME/snapshots/COMMIT.
 _CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?\Z")
@@ -44,12 +48,12 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
         Whether the card was written; ``False`` where README.md is a user's own.
 
     Raises:
-        InputError: The record or ``evaluation.json`` of the folder is no JSON object.
+        InputError: The record or ``evaluation.json`` of the folder is not what an export and an evaluation write.
     """
     folder = Path(folder)
     name = _plain(name or folder.resolve().name)
     if record is None:
-        record = read_json(folder / RECORD)
+        record = _read_record(folder / RECORD)
     else:
         record = {**_licences(record), **record, "versions": {name: _version(name) for name in _VERSIONS}}
         _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
@@ -57,13 +61,19 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
     before, after = "", "\n"
     own: dict[str, Any] = {}
     if path.exists():
-        parts = _own_text(path.read_text(encoding="utf-8"))
+        # With bytes of another encoding it is a user's own.
+        parts = _own_text(path.read_bytes().decode("utf-8", "replace"))
         if parts is None:
             logger.warning("%s has no marks of ours: left as it is", path)
             return False
         own, before, after = parts
-    evaluation = read_json(folder / EVALUATION)
-    front = yaml.safe_dump({**own, **_metadata(name, record, evaluation)}, sort_keys=False, allow_unicode=False)
+    evaluation = read_evaluation(folder)
+    ours = _metadata(name, record, evaluation)
+    # What a user has set since, such as the licence, stays. Results are new, and have the name where there are some.
+    results = {key: value for key, value in ours.items() if key == "model-index"}
+    if results:
+        own.pop("model_name", None)
+    front = yaml.safe_dump({**ours, **own, **results}, sort_keys=False, allow_unicode=False)
     _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(name, record, evaluation)}{END}{after}")
     return True
 
@@ -129,11 +139,13 @@ def _method(record: Mapping[str, Any]) -> str:
 def repository(folder: str) -> str:
     """What a model is called on the Hub: ``owner/name`` where its folder is in a cache of the Hub, else its own name.
 
-    It can stand in ``base_model``: letters, digits, ``-``, ``_`` and ``.``, and one slash.
+    It can stand in ``base_model``: letters, digits, ``_``, ``-`` and ``.``, neither of these two twice in a row,
+    and one slash.
     """
     cached = _CACHED.search(folder)
     parts = cached.group(1).split("--", 1) if cached else [Path(folder).name]
-    return "/".join(_plain(part).strip("-.") or "unnamed" for part in parts)
+    singles = (re.sub(r"--+|\.\.+", lambda marks: marks[0][0], _plain(part)) for part in parts)
+    return "/".join(single.removesuffix(".git").strip("-.") or "unnamed" for single in singles)
 
 
 def _plain(text: str) -> str:
@@ -147,9 +159,11 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append({"dataset": name, **{key: task[key] for key in ("metric", "value", "standard_error", "n")}})
     pairs = evaluation.get("preferences")
     if pairs:
-        errors = pairs["standard_errors"]
-        for name, error in errors.items():
-            row = {"metric": name, "value": pairs[name], "standard_error": error, "n": pairs["n"]}
+        # Answers are of the prompts that were answered and have one, which may be few of the pairs.
+        counts = pairs.get("counts") or {}
+        for name, error in pairs["standard_errors"].items():
+            n = counts.get(name, pairs["n"])
+            row = {"metric": name, "value": pairs[name], "standard_error": error, "n": n}
             rows.append({"dataset": "held-out pairs", **row})
         if pairs.get("calibration"):
             found = pairs["calibration"]
@@ -191,16 +205,23 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
             lines.append(f"- {side} {_code(repository(str(record[side])))}: {said}.")
     lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
     if config:
-        lines += [f"`python tools/train.py` with the values of `config` in `{RECORD}`, beside this card."]
+        lines += [
+            "In a checkout of ctpd_nemo, with the path of this card's folder for `FOLDER`, and under `torchrun` where"
+            " `parallel` asks for more than one process:",
+            "",
+            "    python tools/train.py --from-run FOLDER",
+            "",
+            f"It trains with `config` of `{RECORD}` in that folder. What lies elsewhere now is given behind it, as"
+            " `model.student.path=...` or `data.train=[...]`.",
+        ]
     lines += ["", "| package | version |", "|---|---|"]
     lines += [f"| {name} | {_code(value)} |" for name, value in (record.get("versions") or {}).items()]
     return "\n".join(lines) + "\n"
 
 
 def _config_table(config: Mapping[str, Any]) -> list[str]:
-    sections = ("method", "optim", "trainer", "data", "precision", "parallel")
     rows = [("seed", config["seed"])] if "seed" in config else []
-    for section in sections:
+    for section in _SECTIONS:
         rows += [(f"{section}.{key}", value) for key, value in (config.get(section) or {}).items()]
     if not rows:
         return ["The config of the run is not known."]
@@ -264,6 +285,37 @@ def stated_licence(folder: str | Path) -> str | None:
     return None
 
 
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """``evaluation.json`` of a folder, or an empty object where there is none.
+
+    Raises:
+        InputError: It is not what ``evaluate`` writes.
+    """
+    path = folder / EVALUATION
+    evaluation = read_json(path)
+    try:
+        for row in evaluation_rows(evaluation):
+            for name in ("value", "n"):
+                float(row[name])
+            float(row["standard_error"] or 0.0)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found = f"what no evaluation wrote ({error!r})"
+        raise InputError(str(path), found, "an evaluation of tools/evaluate.py, or no such file") from error
+    return evaluation
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """``ctpd_nemo.json`` of a folder, or an empty object where there is none."""
+    record = read_json(path)
+    parts = {name: record.get(name) for name in ("config", "fingerprints", "licences", "versions")}
+    config = parts["config"] if isinstance(parts["config"], dict) else {}
+    sections = {f"config.{name}": config.get(name) for name in _SECTIONS}
+    for name, value in (parts | sections).items():
+        if not isinstance(value, dict | None):
+            raise InputError(f"{path}, {name}", repr(value), "keys and their values, as an export writes them")
+    return record
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object of a file, or an empty one where there is no file.
 
@@ -276,6 +328,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    writing = path.with_name(f".{path.name}.writing")
+    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
     writing.write_text(text, encoding="utf-8")
     writing.replace(path)

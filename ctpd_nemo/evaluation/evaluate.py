@@ -1,12 +1,14 @@
 """The evaluation job: benchmarks and held-out pairs, ``evaluation.json`` beside the export, and its model card."""
 
 import json
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import EVALUATION, read_json, write_card
+from ctpd_nemo.evaluation.card import EVALUATION, read_evaluation, write_card
 from ctpd_nemo.evaluation.harness import known_tasks, run_harness
 from ctpd_nemo.evaluation.preferences import evaluate_folder
 
@@ -79,6 +81,25 @@ class EvaluateConfig:
     dtype: str = "auto"
     seed: int = 1234
 
+    def check(self) -> None:
+        """Stop with an ``InputError`` that names the key of a value that cannot be used."""
+        counts = {
+            "batch_size": self.batch_size,
+            "tasks.limit": self.tasks.limit,
+            "pairs.limit": self.pairs.limit,
+            "pairs.generations": self.pairs.generations,
+            "pairs.max_new_tokens": self.pairs.max_new_tokens,
+        }
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(name, str(count), "1 or more")
+        if self.tasks.max_length is not None and self.tasks.max_length < 2:
+            raise InputError("tasks.max_length", str(self.tasks.max_length), "2 or more: a token and one before it")
+        if not 0 < self.pairs.beta < math.inf:
+            raise InputError("pairs.beta", str(self.pairs.beta), "a positive number")
+        if not 0 <= self.seed < 2**32:
+            raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
+
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, and keep what an earlier evaluation of the folder found on other tasks.
@@ -88,29 +109,36 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     if not config.folder or not Path(config.folder).is_dir():
         raise InputError("folder", repr(config.folder), "an exported Hugging Face folder")
-    if config.batch_size < 1:
-        raise InputError("batch_size", str(config.batch_size), "1 or more")
+    config.check()
     folder = Path(config.folder)
     common: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
-    path = folder / EVALUATION
-    found = read_json(path)
+    # What cannot be kept is to be known before the work.
+    found = read_evaluation(folder)
     if config.pairs.file:
         pairs = vars(config.pairs).copy()
         file = pairs.pop("file")
         scores = evaluate_folder(folder, file, **pairs, **common, batch_size=config.batch_size, sample_seed=config.seed)
-        found["preferences"] = scores.as_dict()
-        _write(path, found)
+        found = _keep(folder, {"preferences": scores.as_dict()})
     names = known_tasks() if config.tasks.names is None else config.tasks.names
     if names:
         tasks = {key: value for key, value in vars(config.tasks).items() if key != "names"}
         results = run_harness(folder, names, **tasks, **common, batch_size=config.batch_size, seed=config.seed)
-        found["tasks"] = {**found.get("tasks", {}), **results}
-        _write(path, found)
+        found = _keep(folder, {"tasks": results})
     write_card(folder)
     return found
 
 
+def _keep(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Put results beside those that are there now: benchmarks and pairs may be evaluated by jobs side by side."""
+    found = read_evaluation(folder)
+    if "tasks" in results:
+        results = {"tasks": {**(found.get("tasks") or {}), **results["tasks"]}}
+    found |= results
+    _write(folder / EVALUATION, found)
+    return found
+
+
 def _write(path: Path, found: dict[str, Any]) -> None:
-    writing = path.with_name(f".{path.name}.writing")
+    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
     writing.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     writing.replace(path)

@@ -7,7 +7,7 @@ instead of their datasets, and nothing is asked of a network.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.local_rows import Fields, read_local_rows
-from ctpd_nemo.evaluation.model import LOADING, check_runs_no_code
+from ctpd_nemo.evaluation.model import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,11 @@ def run_harness(
 
     Returns:
         For each task ``metric``, ``value``, ``standard_error`` (of the harness; ``None`` where it gives none), ``n``
-        questions, ``num_fewshot``, ``source`` and the harness's ``version``.
+        questions, ``num_fewshot``, ``limit``, ``source`` and the harness's ``version``.
 
     Raises:
-        InputError: The harness is not installed, a task is not known, or rows cannot be used.
+        InputError: The harness is not installed, a task is not known, or rows cannot be used; the folder holds no
+            usable model, or other weights than its config describes.
     """
     lm_eval = _harness()
     specs = {name: _spec(name, num_fewshot) for name in tasks}
@@ -68,14 +69,12 @@ def run_harness(
     asked: dict[str, Any] = {name: _task(spec, data) for name, spec in specs.items()}
     from lm_eval.models.huggingface import HFLM
 
-    check_runs_no_code(folder)
+    from ctpd_nemo.data.tokenizer_folder import load_tokenizer
+
+    # The harness would draw weights that are missing at random, and score them.
+    tokenizer = load_tokenizer(str(folder))
     model = HFLM(
-        pretrained=str(folder),
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        max_length=max_length,
-        **LOADING,
+        pretrained=load_model(folder, device, dtype), tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
     )
     found = {}
     for name, spec in specs.items():
@@ -88,8 +87,14 @@ def run_harness(
             fewshot_random_seed=seed,
             log_samples=False,
         )
-        found[name] = _result(spec, results, data, lm_eval.__version__)
+        found[name] = _result(spec, results, data, lm_eval.__version__) | {"limit": limit}
     return found
+
+
+def is_leaderboards(name: str, result: Mapping[str, Any]) -> bool:
+    """Whether a result is of all questions, behind as many examples as on the leaderboard."""
+    shots = _spec(name, None)["num_fewshot"]
+    return result.get("limit") is None and result.get("num_fewshot", shots) == shots
 
 
 def _harness() -> Any:

@@ -40,25 +40,53 @@ class Generation(NamedTuple):
 def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalModel:
     """The model of a folder, in evaluation mode; ``auto`` keeps the dtype that its weights are stored in.
 
+    A model that is broken stops with its first forward pass: of logits that are no numbers, all that is made later is
+    none either, or worse, looks like one.
+
     Raises:
-        InputError: The folder holds no usable model, or other weights than its config describes.
+        InputError: The folder holds no usable model, or other weights than its config describes; there is no such
+            device or dtype.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     check_runs_no_code(folder)
+    _check_place(device, dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, **LOADING
         )
-    except (OSError, ValueError) as error:
-        raise InputError(str(folder), f"no model ({error})", "a Hugging Face folder of a causal model") from error
+    # Readers of several libraries, and the model's own constructor, each with errors of its own.
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise InputError(str(folder), f"no model ({reason})", "a Hugging Face folder of a causal model") from error
     model, report = loaded
     # transformers would draw what is missing at random, and leave out what is too much.
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[key]:
             names = ", ".join(sorted(map(str, report[key]))[:3])
             raise InputError(str(folder), f"{key.replace('_', ' ')}: {names}", "the weights that config.json describes")
+
+    def check_logits(_module: Any, _inputs: Any, output: Any) -> None:
+        # The last token has seen all the others, and what is no number passes on to whoever looks at it.
+        if not bool(torch.isfinite(output.logits[:, -1]).all()):
+            raise InputError(str(folder), f"logits that are not finite, in {model.dtype}", "a model that works")
+
+    model.register_forward_hook(check_logits)
     return model.to(device).eval()
+
+
+def _check_place(device: str, dtype: str) -> None:
+    import torch
+
+    kind = getattr(torch, dtype, None)
+    if dtype != "auto" and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+        raise InputError("dtype", repr(dtype), "auto, float32, bfloat16 or float16")
+    try:
+        torch.empty(0, device=device)
+    # A build of torch without CUDA says so by an assertion.
+    except (RuntimeError, AssertionError) as error:
+        raise InputError("device", f"{device!r} ({error})", "a device of this machine: cpu, cuda or cuda:1") from error
 
 
 def check_runs_no_code(folder: str | Path) -> None:

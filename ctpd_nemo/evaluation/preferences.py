@@ -62,6 +62,7 @@ class Evaluation:
         answer_accuracy_by_kind: For each value of the rows' ``kind``.
         standard_errors: Of each of the numbers above, by its name: sample standard deviation over sqrt(n); 0 for a
             single pair.
+        counts: Of each of them, from how many pairs it is.
         calibration: Of the reward margins; ``None`` without a reference, or against the model itself.
         lengths: Of the generations, under ``greedy``, and ``sampled`` where that was asked for.
         samples: The first few greedy responses.
@@ -80,6 +81,7 @@ class Evaluation:
     preference_accuracy_by_fault: dict[str, float]
     answer_accuracy_by_kind: dict[str, float]
     standard_errors: dict[str, float]
+    counts: dict[str, int]
     calibration: Calibration | None
     lengths: dict[str, Lengths]
     samples: list[Sample]
@@ -184,6 +186,7 @@ def _summary(
         preference_accuracy_by_fault=_mean_by([row.fault for row in rows], values["preference_accuracy"].tolist()),
         answer_accuracy_by_kind=_mean_by([row.kind for row in asked], is_right),
         standard_errors={name: _standard_error(value) for name, value in known.items()},
+        counts={name: len(value) for name, value in known.items()},
         calibration=measured,
         lengths={name: length_statistics(found) for name, found in responses.items()},
         samples=[

@@ -44,9 +44,12 @@ def take_flag(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def offer_config(folder: str) -> str:
-    """Give Hydra the config that a training job wrote into its run folder; the name that Hydra finds it under.
+    """Give Hydra the config that a training job wrote into its run folder, or that an export of it has beside its card.
 
     What the command line adds is changed in it. Its ``run_dir`` is ``FOLDER-again``.
+
+    Returns:
+        The name that Hydra finds it under.
 
     Raises:
         InputError: The folder has no config of a training job.

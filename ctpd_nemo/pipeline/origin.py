@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import RECORD
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.checkpoint_files import write_whole
@@ -91,11 +92,17 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Every value that the job of a run folder ran with.
+    """Every value that the job of a run folder ran with, or the run that a folder was exported of.
 
     Raises:
         InputError: There is no such file, or it is damaged.
     """
+    if (folder / RECORD).is_file():
+        # An export: its config.json is the model's.
+        config = read_object(folder / RECORD, "the record of an export").get("config")
+        if not isinstance(config, dict) or not config:
+            raise InputError(f"{folder / RECORD}, config", repr(config), "the config of the run that was exported")
+        return config
     return read_object(folder / CONFIG, "the config that a job wrote into its run folder")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
+from ctpd_nemo.losses.histogram import EDGES
 from ctpd_nemo.report.metric_log import MetricTable
 
 WIDTH, HEIGHT = 380, 200
@@ -13,6 +14,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 8, 8, 22
 # More points than this are drawn as means over as many steps, with the range around them.
 _MOST_POINTS = 200
 _MOST_COLUMNS = 60
+# The lower edges of all bins, as a log names them.
+_EDGES = [float(f"{edge:.3g}") for edge in (-math.inf, *EDGES)]
 
 Points = Sequence[tuple[int, float]]
 
@@ -61,7 +64,7 @@ class Histogram:
             the spans of these steps, so that small ones are seen.
         columns: For each column of cells: x, steps, and its bins with their shares, as they are shown.
         x_ticks: Positions with labels.
-        y_ticks: The lower edges of the bins.
+        y_ticks: The edges of the bins.
     """
 
     title: str
@@ -150,7 +153,7 @@ def _stretches(points: Points) -> list[Points]:
 
 def _histogram(title: str, by_step: Mapping[int, Mapping[float, int]]) -> Histogram:
     steps = list(by_step)
-    edges = sorted({edge for counts in by_step.values() for edge in counts})
+    edges, end = _bins({edge for counts in by_step.values() for edge in counts})
     size = -(-len(steps) // _MOST_COLUMNS)
     columns = [steps[at : at + size] for at in range(0, len(steps), size)]
     width = (WIDTH - _LEFT - _RIGHT) / len(columns)
@@ -170,8 +173,19 @@ def _histogram(title: str, by_step: Mapping[int, Mapping[float, int]]) -> Histog
         shown.append((round(left + width / 2, 1), _steps(column[0], column[-1]), bins[::-1]))
     places = sorted({0, len(columns) // 2, len(columns) - 1})
     x_ticks = [(shown[place][0], str(columns[place][0])) for place in places]
-    y_ticks = [(round(bottom - row * height, 1), _edge(edge)) for row, edge in enumerate(edges)]
+    y_ticks = [(round(bottom - row * height, 1), _edge(edge)) for row, edge in enumerate([*edges, *end])]
     return Histogram(title, cells, shown, x_ticks, y_ticks)
+
+
+def _bins(found: set[float]) -> tuple[list[float], list[float]]:
+    """The lower edges of all bins from the first to the last that was found, and where that one ends, if it does.
+
+    A bin that no span is in has its row too: without it, the one below would seem to reach to the one above.
+    """
+    if not found <= set(_EDGES):
+        return sorted(found), []
+    first, behind = _EDGES.index(min(found)), _EDGES.index(max(found)) + 1
+    return _EDGES[first:behind], _EDGES[behind : behind + 1]
 
 
 def _edge(edge: float) -> str:

@@ -19,20 +19,22 @@ from ctpd_nemo.report.run_folder import Job
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def differences(job: Job) -> tuple[str, list[tuple[str, str, str]]]:
-    """What a job's config is compared with, and for each key that differs both values; the text says why there is none.
+def differences(job: Job) -> tuple[str, list[tuple[str, str, str]] | None]:
+    """What a job's config is compared with, and for each key that differs both values.
+
+    Where it cannot be compared there is ``None`` instead, and the text says why.
 
     Raises:
         InputError: What the job was started with cannot be read.
     """
     origin = read_origin(job.folder)
     if origin is None or not job.config:
-        return "not known: the job was not started by one of the tools, or wrote no config", []
+        return "not known: the job was not started by one of the tools, or wrote no config", None
     name = f"conf/experiment/{origin.experiment}.yaml" if origin.experiment else f"conf/{origin.config}.yaml"
     try:
         expected = _expected(job, origin)
     except InputError as error:
-        return f"{name} as it is now makes no such job ({error})", []
+        return f"{name} as it is now makes no such job ({error})", None
     return name, _differing(flat(expected), flat(job.config))
 
 
@@ -55,7 +57,7 @@ def _expected(job: Job, origin: Origin) -> dict[str, Any]:
     # The world of the quickstart is no value of a job.
     config.pop("world", None)
     # Folders are the run's own: where it lies is no difference.
-    config.run_dir = str(Path(job.config.get("run_dir", job.folder)).parent)
+    config.run_dir = str(Path(str(job.config.get("run_dir", job.folder))).parent)
     stages = find_stages(config)
     stage = next((stage for stage in stages if stage.name == job.name), None)
     if stage is None:

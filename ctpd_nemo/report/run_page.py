@@ -65,7 +65,7 @@ class JobView:
         charts: Its curves.
         histograms: Its span weights.
         compared_with: What its config is compared with.
-        differences: Key, value there, value here.
+        differences: Key, value there, value here; ``None`` where nothing could be compared, and the text says why.
         config: All keys with their values.
     """
 
@@ -74,7 +74,7 @@ class JobView:
     charts: list[Chart]
     histograms: list[Histogram]
     compared_with: str
-    differences: list[tuple[str, str, str]]
+    differences: list[tuple[str, str, str]] | None
     config: list[tuple[str, str]]
     notes: list[str] = field(default_factory=list)
 
@@ -121,7 +121,7 @@ def _view(job: Job) -> JobView:
     try:
         compared_with, differing = differences(job)
     except InputError as error:
-        compared_with, differing = str(error), []
+        compared_with, differing = str(error), None
     return JobView(
         job=job,
         facts=_facts(job),

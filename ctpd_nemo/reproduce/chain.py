@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import EVALUATION, read_json
+from ctpd_nemo.evaluation.card import read_evaluation, read_json
 from ctpd_nemo.pipeline.recipe import needed_stages
 from ctpd_nemo.pipeline.stages import STATUS
 from ctpd_nemo.planner.estimate import Estimate
@@ -21,7 +22,7 @@ from ctpd_nemo.planner.search import given_layout
 from ctpd_nemo.planner.tables import Table
 from ctpd_nemo.planner.workload import stated_lengths
 from ctpd_nemo.reproduce.config import ReproduceConfig
-from ctpd_nemo.reproduce.scores import BENCHMARKS
+from ctpd_nemo.reproduce.scores import BENCHMARKS, benchmark_scores
 from ctpd_nemo.reproduce.seed import seed_folder
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ class ChainJob:
         done: Whether it is complete.
         hours: Of the job, by the planner; ``None`` of an evaluation.
         gpu_hours: Likewise, of all its GPUs.
-        command: For one node.
+        command: For each node; of several, ``HEAD`` stands for the first one's name.
     """
 
     name: str
@@ -67,7 +68,7 @@ def chain(
     cells, planned = [], []
     for seed in seeds:
         folder = seed_folder(recipe.run_dir, seed)
-        common = [f"experiment={experiment}", *values, f"run_dir={folder}", f"seed={seed}"]
+        common = [f"experiment={experiment}", *values, f"run_dir={_quoted(folder)}", f"seed={seed}"]
         jobs = _jobs(asked, students, recipe, folder, common)
         missing = [job for job in jobs if not job.done]
         numbers = _submit(asked, missing, common) if asked.launch == "slurm" else {}
@@ -92,14 +93,31 @@ def _jobs(
     for name in needed:
         cost = costs[name]
         complete = bool(read_json(folder / name / STATUS).get("complete"))
-        command = ["torchrun", f"--nproc-per-node={asked.gpus}", "tools/pipeline.py", *common, f"only=[{name}]"]
+        command = ["torchrun", *_nodes(asked), "tools/pipeline.py", *common, f"only=[{name}]"]
         jobs.append(ChainJob(name, False, complete, cost.hours, cost.gpu_hours, command))
     for stage in dict.fromkeys(students):
-        tasks = read_json(folder / stage / "export" / EVALUATION).get("tasks") or {}
-        complete = set(BENCHMARKS.values()) <= set(tasks)
-        command = ["python", "tools/evaluate.py", f"folder={folder / stage / 'export'}", "device=cuda"]
+        scores, _ = benchmark_scores(read_evaluation(folder / stage / "export"))
+        complete = scores.keys() >= BENCHMARKS.keys()
+        command = ["python", "tools/evaluate.py", f"folder={_quoted(folder / stage / 'export')}", "device=cuda"]
         jobs.append(ChainJob(stage, True, complete, None, None, command))
     return jobs
+
+
+def _nodes(asked: ReproduceConfig) -> list[str]:
+    """How ``torchrun`` brings up the processes of a job, one a GPU."""
+    nodes = math.ceil(asked.gpus / asked.hardware.gpus_per_node)
+    if nodes == 1:
+        return [f"--nproc-per-node={asked.gpus}"]
+    return [
+        *(f"--nnodes={nodes}", f"--nproc-per-node={asked.hardware.gpus_per_node}"),
+        *("--rdzv-backend=c10d", "--rdzv-endpoint=HEAD:29500"),
+    ]
+
+
+def _quoted(path: Path) -> str:
+    """A path as a value of Hydra's command line, where commas, braces and equals signs mean something."""
+    text = str(path)
+    return text if re.fullmatch(r"[\w./@%+-]+", text) else "'" + text.replace("'", r"\'") + "'"
 
 
 def _costs(asked: ReproduceConfig, recipe: DictConfig, needed: Sequence[str]) -> dict[str, Estimate]:

@@ -84,12 +84,19 @@ def _evaluate(name: str, result: StageResult, test: Path, asked: StudentEvaluati
     """``evaluation.json`` in the export, unless one of the same questions is there."""
     record = result.output.parent / _EVALUATED
     print_ = hashlib.sha256(json.dumps([asdict(asked), max_length]).encode() + test.read_bytes()).hexdigest()
-    if read_json(record).get("asked") == print_ and (result.output / EVALUATION).exists():
+    # What somebody else evaluated in the export since is not what is asked for here.
+    if read_json(record) == {"asked": print_, "found": _found(result.output)}:
         return
     pairs = PairsConfig(file=str(test), max_new_tokens=asked.max_new_tokens, max_length=max_length)
     config = EvaluateConfig(
         str(result.output), TasksConfig(names=[]), pairs, batch_size=asked.batch_size, seed=asked.seed
     )
     found: dict[str, Any] = evaluate(config)["preferences"]
-    record.write_text(json.dumps({"asked": print_}) + "\n", encoding="utf-8")
+    record.write_text(json.dumps({"asked": print_, "found": _found(result.output)}) + "\n", encoding="utf-8")
     logger.info("%-13s evaluated on %d pairs", name, found["n"])
+
+
+def _found(export: Path) -> str:
+    """A hash of what is known of the preferences of an export."""
+    preferences = read_json(export / EVALUATION).get("preferences")
+    return hashlib.sha256(json.dumps(preferences, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ Rows = Mapping[str, Mapping[str, Cell]]
 def score_table(table: TableConfig, rows: Rows, seeds: Sequence[int], paper: Mapping[str, Sequence[float]]) -> Table:
     """Means and standard errors; the paper's figures in brackets, where the experiment is the paper's."""
     reported = {name: paper_cells(values) for name, values in paper.items()}
-    columns = _columns(rows) or list(next(iter(reported.values()), {}))
+    columns = list(dict.fromkeys([*next(iter(reported.values()), {}), *_columns(rows)]))
     names = [*(name for name in reported if name not in table.rows), *table.rows] if paper else list(table.rows)
     cells = [
         [name, *(_cell(rows.get(name, {}).get(column), reported.get(name, {}).get(column)) for column in columns)]

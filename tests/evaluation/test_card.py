@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import BEGIN, END, base_model, repository, write_card
 
 HOSTILE = "a: b\n---\n# - [x](javascript:x) `|` <script> <!-- ctpd_nemo: end --> \x07 \u2028 \U0001f642"
@@ -55,12 +57,14 @@ def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:
     folder.mkdir()
     write_card(folder, record(tmp_path))
     path = folder / "README.md"
-    text = path.read_text().replace("---\n", "---\nlanguage: en\n", 1).replace(BEGIN, f"Mine before.\n{BEGIN}")
+    text = path.read_text().replace("---\n", "---\nlanguage: en\n", 1).replace("license: other", "license: mit")
+    text = text.replace(BEGIN, f"Mine before.\n{BEGIN}")
     path.write_text(text.replace(END, f"{END}\nMine after."))
     evaluated(folder)
     write_card(folder)
     once = path.read_text()
     assert ModelCard.load(path).data.language == "en"
+    assert ModelCard.load(path).data.license == "mit"
     assert "Mine before." in once
     assert once.endswith("Mine after.\n")
     write_card(folder)
@@ -69,6 +73,37 @@ def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:
     path.write_text("# My own card\n")
     assert not write_card(folder)
     assert path.read_text() == "# My own card\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("evaluation.json", {"tasks": [1]}, r"evaluation\.json: found what no evaluation wrote"),
+        ("evaluation.json", {"tasks": {"arc": {}}}, r"evaluation\.json: found what no evaluation wrote \(KeyError"),
+        ("evaluation.json", {"preferences": 3}, r"evaluation\.json: found what no evaluation wrote"),
+        ("ctpd_nemo.json", {"config": 3}, r"ctpd_nemo\.json, config: found 3; expected keys"),
+        (
+            "ctpd_nemo.json",
+            {"config": {"method": "ctpd"}},
+            r"ctpd_nemo\.json, config\.method: found 'ctpd'; expected keys",
+        ),
+        ("ctpd_nemo.json", {"licences": []}, r"ctpd_nemo\.json, licences: found \[\]; expected keys"),
+    ],
+)
+def test_a_damaged_file_is_named(file: str, content: Any, message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_card(folder, record(tmp_path))
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        write_card(folder)
+
+
+def test_a_card_in_another_encoding_is_left_alone(tmp_path: Path) -> None:
+    text = b"# Mod\xe8le\n"
+    (tmp_path / "README.md").write_bytes(text)
+    assert not write_card(tmp_path, {})
+    assert (tmp_path / "README.md").read_bytes() == text
 
 
 @pytest.mark.parametrize("hostile", [HOSTILE, "", "`", "'\"{}[]&*!%@"])
@@ -94,9 +129,15 @@ def test_the_base_of_a_chain_of_exports_is_its_beginning(tmp_path: Path) -> None
     assert base_model(second) == tmp_path / "Llama-3.2-1B"
 
 
+@pytest.mark.parametrize("name", ["my--model..v2", "weights.git", "-a-", "..", "_x_", "a b", "\u00e9" * 200, "x" * 200])
+def test_any_folder_has_a_name_that_the_hub_takes(name: str) -> None:
+    for folder in (f"/models/{name}", f"/hub/models--{name}--{name}/snapshots/0"):
+        validate_repo_id(repository(folder))
+
+
 def test_a_model_in_a_cache_of_the_hub_is_called_as_it_is_there() -> None:
     cache = "/home/user/.cache/huggingface/hub/models--Qwen--Qwen2.5-7B-Instruct/snapshots/a09a35458c7"
     assert repository(cache) == repository(cache + "/") == "Qwen/Qwen2.5-7B-Instruct"
     assert repository("models--gpt2/snapshots/607a30d783") == "gpt2"
     assert repository("/models/Qwen2.5-7B") == "Qwen2.5-7B"
-    assert repository("/models/models--Qwen--Qwen2.5-7B") == "models--Qwen--Qwen2.5-7B"
+    assert repository("/models/models--Qwen--Qwen2.5-7B") == "models-Qwen-Qwen2.5-7B"

@@ -2,17 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import evaluation_rows
 from ctpd_nemo.evaluation.evaluate import EvaluateConfig, PairsConfig, TasksConfig, evaluate
 from ctpd_nemo.evaluation.harness import run_harness
 from ctpd_nemo.evaluation.local_rows import read_local_rows
+from ctpd_nemo.evaluation.preferences import evaluate_folder
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.pipeline.recipe import small_world
 from tests.pipeline.tool import run_tool
@@ -78,6 +82,28 @@ def test_hellaswag_equals_one_choice_at_a_time(world: TinyWorld, data: Path) -> 
     assert found["standard_error"] == pytest.approx(torch.tensor(right).std().item() / 10**0.5)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        # The harness alone would draw these weights at random, and score what comes of it.
+        (lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"), r"missing keys: model\.layers\.0\.mlp\.up"),
+        (lambda weights: weights["model.norm.weight"].fill_(float("nan")), "found logits that are not finite"),
+    ],
+)
+def test_a_broken_model_has_no_scores(
+    spoil: Callable[[dict[str, torch.Tensor]], Any], message: str, world: TinyWorld, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    folder = shutil.copytree(world.student, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=message):
+        run_harness(folder, ["hellaswag"], data=data, num_fewshot=0, limit=2)
+    with pytest.raises(InputError, match=message):
+        evaluate_folder(folder, world.test)
+
+
 @pytest.mark.slow
 def test_all_tasks_run_on_local_rows_and_land_in_the_card(world: TinyWorld, data: Path) -> None:
     pytest.importorskip("lm_eval")
@@ -108,6 +134,44 @@ def test_the_tool_writes_the_evaluation_and_says_what_is_wrong(world: TinyWorld,
     status, _, stderr = run_tool("evaluate.py", arguments, tmp_path)
     assert status == 2
     assert "evaluation.json: found a JSON list; expected a JSON object" in stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EvaluateConfig(batch_size=0), "batch_size: found 0; expected 1 or more"),
+        (EvaluateConfig(tasks=TasksConfig(limit=0)), r"tasks\.limit: found 0; expected 1 or more"),
+        (EvaluateConfig(tasks=TasksConfig(max_length=1)), r"tasks\.max_length: found 1; expected 2 or more"),
+        (EvaluateConfig(pairs=PairsConfig(limit=-1)), r"pairs\.limit: found -1; expected 1 or more"),
+        (EvaluateConfig(pairs=PairsConfig(max_new_tokens=0)), r"pairs\.max_new_tokens: found 0; expected 1 or more"),
+        (EvaluateConfig(pairs=PairsConfig(beta=float("nan"))), r"pairs\.beta: found nan; expected a positive number"),
+        (EvaluateConfig(seed=-1), "seed: found -1; expected 0 to"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_named(config: EvaluateConfig, message: str, tmp_path: Path) -> None:
+    config.folder = str(tmp_path)
+    with pytest.raises(InputError, match=message):
+        evaluate(config)
+
+
+def test_two_evaluations_side_by_side_keep_each_others_results(
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(world.student, tmp_path / "export")
+    task = {"metric": "acc", "value": 0.5, "standard_error": None, "n": 4}
+
+    def meanwhile(*_: Any, **__: Any) -> Any:
+        (folder / "evaluation.json").write_text(json.dumps({"tasks": {"winogrande": task}}))
+        return evaluate_folder(world.student, world.test, max_new_tokens=1, generations=2)
+
+    monkeypatch.setattr("ctpd_nemo.evaluation.evaluate.evaluate_folder", meanwhile)
+    evaluate(EvaluateConfig(str(folder), TasksConfig([]), PairsConfig(str(world.test))))
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["tasks"] == {"winogrande": task}
+    assert found["preferences"]["n"] == 4
+    # Two of the four prompts were answered.
+    rows = {row["metric"]: row["n"] for row in evaluation_rows(found)}
+    assert (rows["answer_accuracy"], rows["preference_accuracy"], rows["acc"]) == (2, 4, 4)
 
 
 @pytest.mark.parametrize("name", sorted(MADE))

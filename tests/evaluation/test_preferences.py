@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.model import load_model
 from ctpd_nemo.evaluation.preferences import evaluate_folder
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize
@@ -284,6 +285,43 @@ def test_a_folder_without_weights_is_named(world: TinyWorld, tmp_path: Path) -> 
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="empty: found no model"):
         evaluate_folder(folder, world.test)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "cuda:77"}, r"device: found 'cuda:77' \(.*\); expected a device of this machine"),
+        ({"device": "gpu"}, r"device: found 'gpu' \(.*\); expected"),
+        ({"dtype": "float"}, None),
+        ({"dtype": "int32"}, "dtype: found 'int32'; expected auto"),
+        ({"dtype": "fp16"}, "dtype: found 'fp16'; expected auto"),
+    ],
+)
+def test_a_place_that_is_not_there_is_named(changes: dict[str, str], message: str | None, world: TinyWorld) -> None:
+    place = {"device": "cpu", "dtype": "auto"} | changes
+    if message is None:
+        assert load_model(world.student, **place).dtype == torch.float32
+    else:
+        with pytest.raises(InputError, match=message):
+            load_model(world.student, **place)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b"cut"),
+        ("config.json", b'{"model_type": "llama", "num_attention_heads": 0}'),
+        ("config.json", b'{"model_type": "llama", "vocab_size": 7}'),
+    ],
+)
+def test_a_broken_folder_is_named(file: str, content: bytes, world: TinyWorld, tmp_path: Path) -> None:
+    folder = shutil.copytree(world.student, tmp_path / "broken")
+    if file == "config.json":
+        values = json.loads((folder / file).read_text()) | json.loads(content)
+        content = json.dumps(values).encode()
+    (folder / file).write_bytes(content)
+    with pytest.raises(InputError, match=r"broken: found no model \("):
+        load_model(folder, "cpu")
 
 
 def test_weights_that_are_not_all_there_are_named(world: TinyWorld, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.card import write_card
 from ctpd_nemo.pipeline.again import CONFIG_NAME, offer_config, take_flag
 from ctpd_nemo.pipeline.config import run_config
 from tests.pipeline.recipe import composed
@@ -84,6 +85,20 @@ def test_a_template_is_that_file_or_stays_text(template: str, expected: str, tmp
     run = written(tmp_path / "run", "method=sft", f"model.teacher.chat_template='{template}'", ran_in="/elsewhere")
     config = run_config(offered(str(run)))  # type: ignore[arg-type]
     assert config.model.teacher.chat_template == expected
+
+
+def test_an_export_has_the_config_of_its_run(tmp_path: Path) -> None:
+    config = json.loads((written(tmp_path / "run", "method=sft", "seed=4") / "config.json").read_text())
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "config.json").write_text('{"model_type": "llama"}')
+    write_card(export, {"config": config})
+    assert "    python tools/train.py --from-run FOLDER\n" in (export / "README.md").read_text()
+    again = run_config(offered(str(export)))  # type: ignore[arg-type]
+    assert (again.method.name, again.seed, again.run_dir) == ("sft", 4, f"{export}-again")
+    (export / "ctpd_nemo.json").write_text('{"config": {}}')
+    with pytest.raises(InputError, match=r"ctpd_nemo\.json, config: found \{\}; expected the config of the run"):
+        offer_config(str(export))
 
 
 def test_a_folder_without_a_record_of_training_is_named(tmp_path: Path) -> None:

@@ -99,7 +99,10 @@ def test_a_histogram_has_a_column_a_step_and_a_cell_a_bin() -> None:
         ("step 2", [("from 1", "100.0%")]),
     ]
     assert [cell[4] for cell in drawn.cells] == [round(share**0.5, 3) for share in (0.25, 0.75, 1.0)]
-    assert [label for _, label in drawn.y_ticks] == ["0.5", "1"]
+    # No span is in the bin between them, which has its row all the same; 1.41 is where the last one ends.
+    assert [label for _, label in drawn.y_ticks] == ["0.5", "0.707", "1", "1.41"]
+    rows = [y for y, _ in drawn.y_ticks]
+    assert [cell[1] + cell[3] for cell in drawn.cells] == pytest.approx([rows[0], rows[2], rows[2]])
     (x, y, width, height, _), *_, last = drawn.cells
     assert last[0] == pytest.approx(x + width)
     assert y + height == pytest.approx(HEIGHT - 22)

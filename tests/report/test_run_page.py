@@ -52,6 +52,10 @@ def test_a_job_by_hand(job: Path) -> None:
         "tokens/s, median": "1,000",
         "pairs skipped": "5",
     }
+    # Nothing to compare with is not "changed: 0 values".
+    summaries = [summary.text for summary in page.find(tag="summary")]
+    assert [text for text in summaries if "Changed" in text] == []
+    assert "Not compared with the config files: not known: the job was not started by one of the tools" in page.text
     loss = page.find(tag="svg")[0].attributes["data-curves"]
     assert [(steps, value) for _, steps, value in json.loads(loss)[0][1]] == [
         (f"step {step}", number(1 / step)) for step in range(1, 6)

@@ -43,6 +43,24 @@ def test_commands_are_those_of_the_pipeline_and_of_evaluate(tmp_path: Path) -> N
     ]
 
 
+def test_commands_hold_for_any_name_of_a_folder(tmp_path: Path) -> None:
+    run_dir = tmp_path / "my runs, {all}=1's"
+    config = composed("reproduce", [f"experiment={EXPERIMENT}", "table=3"])
+    config.run_dir = str(run_dir)
+    reproduce(config, EXPERIMENT)
+    commands = [job["command"] for job in json.loads((run_dir / "table-3.json").read_text())["jobs"]]
+    (given,) = {word for command in commands for word in command if word.startswith("run_dir=")}
+    assert composed("pipeline", [given]).run_dir == f"{run_dir}/seed-0"
+    folder = next(word for word in commands[-1] if word.startswith("folder="))
+    assert composed("evaluate", [folder]).folder == f"{run_dir}/seed-0/ctpd-student_reference/export"
+
+
+def test_jobs_of_several_nodes_are_brought_up_on_each(tmp_path: Path) -> None:
+    (command,) = [job["command"] for job in jobs(tmp_path, 3, "gpus=16") if job["name"] == "sft_teacher"]
+    assert isinstance(command, list)
+    assert command[1:3] == ["--nnodes=2", "--nproc-per-node=8"]
+
+
 def test_what_is_done_is_not_asked_for_again_and_stands_in_the_table(tmp_path: Path) -> None:
     folder = tmp_path / "seed-0" / "ctpd"
     (folder / "export").mkdir(parents=True)
@@ -55,6 +73,19 @@ def test_what_is_done_is_not_asked_for_again_and_stands_in_the_table(tmp_path: P
     (row,) = [line for line in (tmp_path / "table-1.md").read_text().splitlines() if line.startswith("| CTPD |")]
     assert row.startswith("| CTPD | 50.00 ± 1.00 (67.30 ± 0.46) |")
     assert row.endswith("| 50.00 (43.26) |")
+
+
+@pytest.mark.parametrize("trial", [{"limit": 5}, {"num_fewshot": 0}])
+def test_a_trial_is_no_evaluation(trial: dict[str, int], tmp_path: Path) -> None:
+    export = tmp_path / "seed-0" / "ctpd" / "export"
+    export.mkdir(parents=True)
+    whole = {"metric": "acc", "value": 0.5, "standard_error": 0.01, "n": 10}
+    names = ("arc_challenge", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+    tasks = {**dict.fromkeys(names, whole), "hellaswag": whole | trial}
+    (export / "evaluation.json").write_text(json.dumps({"tasks": tasks}))
+    assert not [job["name"] for job in jobs(tmp_path, 1) if job["done"]]
+    (row,) = [line for line in (tmp_path / "table-1.md").read_text().splitlines() if line.startswith("| CTPD |")]
+    assert row.startswith("| CTPD | - (67.30 ± 0.46) | 50.00 ± 1.00 (40.61")
 
 
 def test_slurm_gets_stages_and_evaluations_behind_them(

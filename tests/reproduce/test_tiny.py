@@ -44,6 +44,10 @@ def test_students_share_stages_and_are_evaluated_once(
     assert evaluated(["ctpd", "ctpd-uniform"]) == ([], [])
     asked.evaluation.seed += 1
     assert evaluated(["ctpd"]) == ([], ["ctpd"])
+    # On other pairs, by hand.
+    found["n"] = 1
+    (folder / "ctpd/export/evaluation.json").write_text(json.dumps({"preferences": found}))
+    assert evaluated(["ctpd"]) == ([], ["ctpd"])
 
 
 @pytest.mark.slow
