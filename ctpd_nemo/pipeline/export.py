@@ -15,6 +15,7 @@ from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
+from ctpd_nemo.pipeline.rank_zero import on_rank_0_however_long
 
 
 @dataclass
@@ -41,9 +42,8 @@ def export(config: ExportConfig) -> Path:
         InputError: One of the folders is missing or cannot be used, or a file of the checkpoint is damaged.
     """
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
-    # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if rank == 0:
+
+    def write() -> None:
         whole = resolve(checkpoint)
         check_is_checkpoint(whole, sums=True)
         record = _record(whole, reference)
@@ -53,8 +53,12 @@ def export(config: ExportConfig) -> Path:
             write_card(partial, record, name)
 
         export_hf(folder, reference, CheckpointTensors(whole), finish=card)
+
     if dist.is_initialized():
-        dist.barrier()
+        on_rank_0_however_long(write)
+    # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
+    elif os.environ.get("RANK", "0") == "0":
+        write()
     return Path(folder)
 
 

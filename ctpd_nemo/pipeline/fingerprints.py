@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.models.data import RunData
-from ctpd_nemo.pipeline.rank_zero import on_rank_0
+from ctpd_nemo.pipeline.rank_zero import on_rank_0_however_long
 
 
 def weights_fingerprints(folders: Mapping[str, str]) -> dict[str, str]:
@@ -19,7 +19,7 @@ def weights_fingerprints(folders: Mapping[str, str]) -> dict[str, str]:
         prints = {folder: weights_fingerprint(folder) for folder in dict.fromkeys(folders.values())}
         return {role: prints[folder] for role, folder in folders.items()}
 
-    return on_rank_0(read)
+    return on_rank_0_however_long(read)
 
 
 def score_fingerprints(data: RunData, precision: str) -> dict[str, str]:
