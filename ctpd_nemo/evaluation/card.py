@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ import yaml
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
+from ctpd_nemo.text_files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
         record: What it was made of: ``config`` (of the run), ``fingerprints``, ``policy`` (``student`` or
             ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder;
             ``None`` reads it from there.
-        name: Of the model; by default the folder's.
+        name: Of the model; by default ``model_name`` of the folder.
 
     Returns:
         Whether the card was written; ``False`` where README.md is a user's own.
@@ -51,12 +51,12 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
         InputError: The record or ``evaluation.json`` of the folder is not what an export and an evaluation write.
     """
     folder = Path(folder)
-    name = _plain(name or folder.resolve().name)
+    name = _plain(name or model_name(folder))
     if record is None:
         record = _read_record(folder / RECORD)
     else:
         record = {**_licences(record), **record, "versions": {name: _version(name) for name in _VERSIONS}}
-        _write(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
+        replace_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
     path = folder / "README.md"
     before, after = "", "\n"
     own: dict[str, Any] = {}
@@ -74,8 +74,14 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
     if results:
         own.pop("model_name", None)
     front = yaml.safe_dump({**ours, **own, **results}, sort_keys=False, allow_unicode=False)
-    _write(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(name, record, evaluation)}{END}{after}")
+    replace_text(path, f"---\n{front}---\n{before}{BEGIN}\n{_body(name, record, evaluation)}{END}{after}")
     return True
+
+
+def model_name(folder: str | Path) -> str:
+    """What an export is called by its folder; that of a pipeline's stage, ``export``, by its stage."""
+    path = Path(folder).resolve()
+    return path.parent.name if path.name == "export" and path.parent.name else path.name
 
 
 def _version(package: str) -> str:
@@ -162,8 +168,11 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
         # Answers are of the prompts that were answered and have one, which may be few of the pairs.
         counts = pairs.get("counts") or {}
         for name, error in pairs["standard_errors"].items():
+            if name == "reward_margin" and not pairs.get("calibration"):
+                # There is nothing that it is measured against.
+                continue
             n = counts.get(name, pairs["n"])
-            row = {"metric": name, "value": pairs[name], "standard_error": error, "n": n}
+            row = {"metric": name, "value": pairs[name], "standard_error": error if n > 1 else None, "n": n}
             rows.append({"dataset": "held-out pairs", **row})
         if pairs.get("calibration"):
             found = pairs["calibration"]
@@ -325,9 +334,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_object(path)
-
-
-def _write(path: Path, text: str) -> None:
-    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    writing.write_text(text, encoding="utf-8")
-    writing.replace(path)

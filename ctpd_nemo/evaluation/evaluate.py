@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import EVALUATION, read_evaluation, write_card
 from ctpd_nemo.evaluation.harness import known_tasks, run_harness
 from ctpd_nemo.evaluation.preferences import evaluate_folder
+from ctpd_nemo.text_files import replace_text
 
 
 @dataclass
@@ -134,11 +134,5 @@ def _keep(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     if "tasks" in results:
         results = {"tasks": {**(found.get("tasks") or {}), **results["tasks"]}}
     found |= results
-    _write(folder / EVALUATION, found)
+    replace_text(folder / EVALUATION, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
     return found
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    writing.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    writing.replace(path)

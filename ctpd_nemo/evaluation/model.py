@@ -37,6 +37,17 @@ class Generation(NamedTuple):
     ended: bool
 
 
+def positions(folder: str | Path) -> int | None:
+    """Tokens of the longest sequence that the model of a folder knows, where there is a config that says so.
+
+    Raises:
+        InputError: ``config.json`` cannot be read.
+    """
+    config = Path(folder) / "config.json"
+    stated = read_object(config, "the config of a model").get("max_position_embeddings") if config.is_file() else None
+    return stated if isinstance(stated, int) and stated > 0 else None
+
+
 def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalModel:
     """The model of a folder, in evaluation mode; ``auto`` keeps the dtype that its weights are stored in.
 

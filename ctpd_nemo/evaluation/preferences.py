@@ -6,6 +6,7 @@ model, in its parallel layouts or in its export shows.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.calibration import Calibration, calibration
 from ctpd_nemo.evaluation.lengths import Lengths, length_statistics
-from ctpd_nemo.evaluation.model import FloatArray, Generation, generate, load_model, pair_logprobs
+from ctpd_nemo.evaluation.model import FloatArray, Generation, generate, load_model, pair_logprobs, positions
 from ctpd_nemo.evaluation.pairs import Row, encode_rows, pair_encoder, read_rows
 from ctpd_nemo.pipeline.tiny_world.pairs import answer_of
 
@@ -25,6 +26,8 @@ from ctpd_nemo.pipeline.tiny_world.pairs import answer_of
 # only names an Evaluation does not need them.
 if TYPE_CHECKING:
     from ctpd_nemo.data.encode import EncodedPair
+
+logger = logging.getLogger(__name__)
 
 _N_SAMPLES = 10
 
@@ -121,7 +124,8 @@ def evaluate_folder(
             tokenizer may be another one.
         batch_size: Sequences a forward pass.
         max_new_tokens: Longest generated response.
-        max_length: Longest sequence, prompt and response, in tokens; longer responses are cut, as in training.
+        max_length: Longest sequence, prompt and response, in tokens, within the positions that the models know; longer
+            responses are cut, as in training.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or the path of one, for both folders; by default each tokenizer's own.
         device: As ``torch`` names it.
@@ -141,7 +145,10 @@ def evaluate_folder(
     folders = [Path(folder)]
     if reference is not None and Path(reference).resolve() != Path(folder).resolve():
         folders.append(Path(reference))
-    encoders = [pair_encoder(path, chat_template, max_length, include_eos) for path in folders]
+    longest = min(max_length, *(positions(path) or max_length for path in folders))
+    if longest < max_length:
+        logger.warning("Sequences are of %d tokens at most, which is what the models know, not %d", longest, max_length)
+    encoders = [pair_encoder(path, chat_template, longest, include_eos) for path in folders]
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
     reference_margin: FloatArray | None = None
     for pairs in reference_encoded:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import base_model, write_card
+from ctpd_nemo.evaluation.card import base_model, model_name, write_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import read_state
@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> Path:
         whole = resolve(checkpoint)
         check_is_checkpoint(whole, sums=True)
         record = _record(whole, reference)
-        name = Path(folder).resolve().name
+        name = model_name(folder)
 
         def card(partial: Path) -> None:
             write_card(partial, record, name)

@@ -2,13 +2,14 @@
 
 import base64
 import hashlib
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from ctpd_nemo.text_files import replace_text
 
 
 def write_page(path: str | Path, name: str, **values: Any) -> Path:
@@ -27,13 +28,8 @@ def write_page(path: str | Path, name: str, **values: Any) -> Path:
     template = environment.get_template(f"{name}.html")
     page = template.render(script=Markup(script), script_digest=digest, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        # A path or a file's content may hold what UTF-8 cannot.
-        writing.write_text(page, encoding="utf-8", errors="replace")
-        writing.replace(path)
-    finally:
-        writing.unlink(missing_ok=True)
+    # A path or a file's content may hold what UTF-8 cannot.
+    replace_text(path, page, errors="replace")
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.recipe import needed_stages
 from ctpd_nemo.planner.tables import Table
 from ctpd_nemo.reproduce.chain import chain
@@ -38,6 +39,9 @@ def reproduce(config: DictConfig, experiment: str, overrides: Sequence[str] = ()
     Raises:
         InputError: A value, file or folder cannot be used.
     """
+    for given in overrides:
+        if given.lstrip("+").startswith("seed="):
+            raise InputError("seed", given.partition("=")[2], "seeds=[...], all that the table is over")
     asked, recipe = split_config(config)
     table = read_table(asked.table, asked.rows)
     if recipe.run_dir is None:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import BEGIN, END, base_model, repository, write_card
+from ctpd_nemo.evaluation.card import BEGIN, END, base_model, evaluation_rows, repository, write_card
 
 HOSTILE = "a: b\n---\n# - [x](javascript:x) `|` <script> <!-- ctpd_nemo: end --> \x07 \u2028 \U0001f642"
 
@@ -50,6 +50,22 @@ def test_the_card_is_read_back_with_its_results(tmp_path: Path) -> None:
     (result,) = card.data.eval_results
     assert (result.dataset_type, result.metric_type, result.metric_value) == ("hellaswag", "acc_norm", 0.25)
     assert "| hellaswag | acc_norm | 0.2500 | 0.0100 | 10 |" in card.text
+
+
+@pytest.mark.parametrize(("place", "name"), [("ctpd/export", "ctpd"), ("mine", "mine")])
+def test_an_export_of_a_stage_is_called_by_its_stage(place: str, name: str, tmp_path: Path) -> None:
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    evaluated(folder)
+    write_card(folder, record(tmp_path))
+    assert ModelCard.load(folder / "README.md").data.model_name == name
+
+
+def test_what_was_not_measured_is_not_in_the_table() -> None:
+    scores = {"preference_accuracy": 1.0, "reward_margin": 0.0}
+    pairs = {"n": 1, **scores, "standard_errors": dict.fromkeys(scores, 0.0), "calibration": None, "lengths": {}}
+    (row,) = evaluation_rows({"preferences": pairs})
+    assert (row["metric"], row["value"], row["standard_error"]) == ("preference_accuracy", 1.0, None)
 
 
 def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:

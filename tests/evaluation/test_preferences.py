@@ -187,6 +187,17 @@ def test_the_margin_over_itself_is_zero(world: TinyWorld, student: Path, tmp_pat
         assert found.standard_errors["reward_margin"] == 0
 
 
+def test_no_sequence_is_longer_than_the_model_knows(student: Path, world: TinyWorld, tmp_path: Path) -> None:
+    narrow = shutil.copytree(student, tmp_path / "narrow")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 36}))
+    cut, asked = (
+        evaluate_folder(folder, world.test, limit=5, max_new_tokens=1, max_length=length)
+        for folder, length in ((narrow, 2048), (student, 36))
+    )
+    assert cut.as_dict() == asked.as_dict()
+
+
 def test_sampling_follows_the_whole_distribution(student: Path, tmp_path: Path) -> None:
     row = {"prompt": [COIN], "chosen": say("It is **heads**."), "rejected": say("It is **tails**."), "answer": "heads"}
     pairs = save([row] * 400, tmp_path / "coins.jsonl")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.planner.plan import plan
 from ctpd_nemo.reproduce.config import read_table
 from ctpd_nemo.reproduce.job import reproduce
@@ -41,6 +42,11 @@ def test_commands_are_those_of_the_pipeline_and_of_evaluate(tmp_path: Path) -> N
     assert evaluation["command"] == [
         *("python", "tools/evaluate.py", f"folder={tmp_path}/seed-5/ctpd/export", "device=cuda")
     ]
+
+
+def test_one_seed_is_asked_for_as_several_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"seed: found 5; expected seeds=\[\.\.\.\]"):
+        reproduce(composed("reproduce", [f"run_dir={tmp_path}", "seed=5"]), "tiny", ["table=2", "seed=5"])
 
 
 def test_commands_hold_for_any_name_of_a_folder(tmp_path: Path) -> None:
