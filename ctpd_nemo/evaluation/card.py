@@ -28,6 +28,8 @@ RECORD = "ctpd_nemo.json"
 EVALUATION = "evaluation.json"
 # Of a run's config, those that the card shows.
 _SECTIONS = ("method", "optim", "trainer", "data", "precision", "parallel")
+# Fingerprints of a run that say in other words what the config says.
+_NOT_DATA = ("method", "optim", "steps", "precision")
 _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
 # Of ``huggingface_hub``: models--OWNER--NAME/snapshots/COMMIT.
 _CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?\Z")
@@ -203,7 +205,7 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
         "## Data",
         "",
     ]
-    prints = record.get("fingerprints") or {}
+    prints = {name: value for name, value in (record.get("fingerprints") or {}).items() if name not in _NOT_DATA}
     lines += [f"- {_code(name)}: {_code(value)}" for name, value in prints.items()]
     lines += [] if prints else ["No fingerprints are known."]
     lines += ["", "## Evaluation", "", *evaluation_table(evaluation), "", "## Licence", ""]

@@ -25,7 +25,7 @@ def record(tmp_path: Path, **changes: Any) -> dict[str, Any]:
         "policy": "student",
         "student": str(student),
         "teacher": str(teacher),
-        "fingerprints": {"data": "abc"},
+        "fingerprints": {"method": "{'beta': 0.1}", "data": "abc"},
     } | changes
 
 
@@ -44,6 +44,7 @@ def test_the_card_is_read_back_with_its_results(tmp_path: Path) -> None:
     assert card.data.eval_results is None
     for part in ("| `optim.lr` | `1e-06` |", "`data`: `abc`", "its folder states `llama3.2`", "must be checked"):
         assert part in card.text
+    assert "'beta'" not in card.text
     evaluated(folder)
     assert write_card(folder)
     card = ModelCard.load(folder / "README.md")
