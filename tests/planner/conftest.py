@@ -1,6 +1,9 @@
 """Experiments composed as ``tools/plan.py`` composes them, and machines of round numbers."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +16,18 @@ from ctpd_nemo.planner.workload import Lengths, Workload, stated_lengths
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LARGE = "experiment=qwen2.5-72b_to_llama3.1-8b"
 SMALL = "experiment=qwen2.5-7b_to_llama3.2-1b"
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of ``benchmarks/`` as a module."""
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def composed(*overrides: str, name: str = "plan") -> DictConfig:

@@ -1,11 +1,8 @@
 """What the planner says of distillation against real steps and counted operators."""
 
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,7 +39,7 @@ from ctpd_nemo.planner.numerics import numerics_of
 from ctpd_nemo.planner.shapes import Shape, shape_of
 from ctpd_nemo.planner.workload import Lengths
 from tests.pipeline.recipe import composed, small_job, small_world
-from tests.planner.conftest import SMALL, jobs_of
+from tests.planner.conftest import SMALL, benchmark, jobs_of
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
@@ -54,18 +51,7 @@ METHODS = {
 }
 
 
-def _worker() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "planner_worker.py"
-    spec = importlib.util.spec_from_file_location("planner_worker", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-WORKER = _worker()
+WORKER = benchmark("planner_worker")
 
 
 @pytest.fixture(scope="module")

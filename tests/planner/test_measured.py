@@ -1,26 +1,12 @@
 """The planner's figures against real steps: storages, operations and bytes counted in one process and in two."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.planner.conftest import benchmark
 
-def _benchmark() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "planner_memory.py"
-    spec = importlib.util.spec_from_file_location("planner_memory", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-BENCHMARK = _benchmark()
+BENCHMARK = benchmark("planner_memory")
 NAMES = {
     1: ("one, bf16, frozen", "one, query and key norms", "one, narrow, full", "one, wide, selective, bf16"),
     2: (
