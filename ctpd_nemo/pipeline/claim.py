@@ -24,10 +24,14 @@ def claim(folder: Path) -> None:
     if path in _claims:
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.open("w")
     except PermissionError:
         # The folder is all that is one's own, and nobody can tell.
+        return
+    except (FileExistsError, NotADirectoryError):
+        # There can be no such folder, as is told where it is made.
         return
     try:
         # Not flock: workers that outlive a killed process would hold what they have inherited.
