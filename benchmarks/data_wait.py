@@ -5,9 +5,9 @@
 Makes the world of the quickstart and trains its student for some steps, as ``conf/experiment/quickstart.yaml`` says,
 and with two workers. Sides take turns, each run in a process of its own; they are the methods, with pairs encoded on
 the fly and read from an encoded dataset. What is reported is what a run logs of itself in ``metrics.jsonl``: the share
-of step time that was spent waiting for data, from the second step on, and the wait for the first, which holds the start
-of the workers; then the time of a step, and what a run takes beside its steps, encoding ahead included. Medians over
-the turns with their quartiles.
+of step time that was spent waiting for data, from the second step on, the wait for the first, which holds the start of
+the workers, and the longest of the others; then the time of a step, and what a run takes beside its steps, encoding
+ahead included. Medians over the turns with their quartiles, the longest waits of each.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main() -> None:
                     job |= {"method": method, "steps": arguments.steps, "workers": arguments.workers}
                     runs.setdefault(f"{method}, {side}", []).append(in_fresh_process(train_once, home, job))
     rows = [row_of(name, found) for name, found in runs.items()]
-    header = ["run", "waiting for data", "first step's wait, s", "step, s", "tokens/s", "beside the steps, s"]
+    header = ["run", "waiting for data", "first step's wait, s", "longest other, s (its step)"]
+    header += ["step, s", "tokens/s", "beside the steps, s"]
     caption = f"{arguments.steps} steps, {arguments.workers} workers, {arguments.turns} turns; median (quartiles):"
     write_report("Waiting for data", [Table(caption, header, rows)], runs, arguments)
 
@@ -94,9 +95,12 @@ def train_once(home: str, job: dict[str, Any]) -> dict[str, float]:
     lines = (Path(job["run_dir"]) / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if "step_seconds" in row]
     steps = sum(row["step_seconds"] + row["data_wait_seconds"] for row in rows)
+    longest = max(rows[1:], key=lambda row: row["data_wait_seconds"])
     return {
         "wait_share": rows[-1]["data_wait_share"],
         "first_wait_seconds": rows[0]["data_wait_seconds"],
+        "longest_wait_seconds": longest["data_wait_seconds"],
+        "longest_wait_step": longest["step"],
         "step_seconds": statistics.median(row["step_seconds"] for row in rows[1:]),
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows[1:]),
         # Opening files, encoding ahead, building the model; the last checkpoint too, which is small.
@@ -112,6 +116,7 @@ def row_of(name: str, found: list[dict[str, float]]) -> list[str]:
         name,
         f"{share.median:.2%} ({share.low:.2%} to {share.high:.2%})",
         spread["first_wait_seconds"].text(2),
+        ", ".join(f"{run['longest_wait_seconds']:.2f} ({run['longest_wait_step']:.0f})" for run in found),
         spread["step_seconds"].text(4),
         spread["tokens_per_second"].text(0),
         spread["beside_steps_seconds"].text(1),
