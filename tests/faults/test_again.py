@@ -88,8 +88,7 @@ def test_a_folder_without_a_run_is_one_line_and_status_2(zygote: Zygote, tmp_pat
     statuses, _ = made.run(fault={})
     told = [line for log in tmp_path.glob("rank-*.log") for line in log.read_text().splitlines()]
     expected = "expected the config that a job wrote into its run folder"
-    # The first to end has it; the other is asked to stop as soon as there is one that has, as by torchrun.
+    # The first to end has it; the other is asked to stop by then, as by torchrun, maybe before it listens.
     assert 2 in statuses
-    assert set(statuses) <= {0, 2}
     assert told == [f"error: {tmp_path}/none/config.json: found no such file; {expected}"]
     assert {path.name for path in tmp_path.iterdir()} == {"rank-0.log", "rank-1.log"}
