@@ -91,4 +91,4 @@ def test_a_folder_without_a_run_is_one_line_and_status_2(zygote: Zygote, tmp_pat
     # The first to end has it; the other is asked to stop by then, as by torchrun, maybe before it listens.
     assert 2 in statuses
     assert told == [f"error: {tmp_path}/none/config.json: found no such file; {expected}"]
-    assert {path.name for path in tmp_path.iterdir()} == {"rank-0.log", "rank-1.log"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"rank-0.log", "rank-1.log"}

@@ -1,6 +1,7 @@
 """What rank 0 does for all: the others wait as long as it takes, and fail as it fails."""
 
 import errno
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.standstill import Standstill, record_collectives
 from ctpd_nemo.pipeline import rank_zero
 from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
 from tests.losses.ranks import run_ranks
@@ -29,11 +31,26 @@ def refuse() -> None:
     raise InputError("a place", "this", "that")
 
 
+def look(stood: list[float], ended: threading.Event) -> None:
+    """What the watch for hangs sees of this rank."""
+    standstill = Standstill()
+    while not ended.wait(0.2):
+        standing = standstill.look()
+        stood.append(standing.seconds if standing.waits else 0.0)
+
+
 def rank(number: int, folder: str) -> None:
     rank_zero._LONGEST_WAIT = 1.0
+    record_collectives()
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=number, world_size=3, timeout=timedelta(seconds=LIMIT))
+    stood, looks = [], threading.Event()
+    watch = threading.Thread(target=lambda: look(stood, looks), daemon=True)
+    watch.start()
     told = [on_rank_0_however_long(task)]
+    looks.set()
+    watch.join()
+    told.append("moved" if max(stood) < LIMIT else f"stood for {max(stood):.1f} s")
     for wrong in (fail, refuse):
         for way in (on_rank_0, on_rank_0_however_long):
             try:
@@ -51,4 +68,4 @@ def test_ranks_wait_longer_than_a_collective_may_and_fail_together(tmp_path: Pat
     refused = str(InputError("a place", "this", "that"))
     for number in range(3):
         lines = (tmp_path / f"rank-{number}").read_text().splitlines()
-        assert lines == ["done", full, full, refused, refused], number
+        assert lines == ["done", "moved", full, full, refused, refused], number
