@@ -5,9 +5,10 @@
 Makes the world of the quickstart and trains its student for some steps, as ``conf/experiment/quickstart.yaml`` says,
 and with two workers. Sides take turns, each run in a process of its own; they are the methods, with pairs encoded on
 the fly and read from an encoded dataset. What is reported is what a run logs of itself in ``metrics.jsonl``: the share
-of step time that was spent waiting for data, from the second step on, the wait for the first, which holds the start of
-the workers, and the longest of the others; then the time of a step, and what a run takes beside its steps, encoding
-ahead included. Medians over the turns with their quartiles, the longest waits of each.
+of step time that was spent waiting for data once all workers have started, the wait for the first step, which holds the
+start of the first worker, and the longest of the others, mostly for the second worker; then the time of a step, and
+what a run takes beside its steps, encoding ahead included. Medians over the turns with their quartiles, the longest
+waits of each.
 """
 
 import argparse

@@ -146,10 +146,11 @@ def evaluate_folder(
     if reference is not None and Path(reference).resolve() != Path(folder).resolve():
         folders.append(Path(reference))
     longest = min(max_length, *(positions(path) or max_length for path in folders))
-    if longest < max_length:
-        logger.warning("Sequences are of %d tokens at most, which is what the models know, not %d", longest, max_length)
     encoders = [pair_encoder(path, chat_template, longest, include_eos) for path in folders]
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
+    n_cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in encoded)
+    if n_cut:
+        logger.warning("Responses of %d pairs are cut: sequences are of %d tokens at most", n_cut, longest)
     reference_margin: FloatArray | None = None
     for pairs in reference_encoded:
         # The reference goes first, and has left the memory before the model comes.

@@ -86,7 +86,7 @@ class MegatronModel(ModelPT):
         self.last_losses: list[StepLoss] = []
         self.last_weights: dict[str, dict[str, int]] = {}
         self.last_stats = StepStats()
-        self.data_wait = DataWait()
+        self.data_wait = DataWait(starting=max(1, run.data.num_workers))
         self.last_validation: dict[str, float] = {}
         self.failed_checkpoints = 0
         self.bad_steps = BadSteps()

@@ -13,12 +13,14 @@ class DataWait:
     """Waiting for data over the steps of one process, as long as the rank of the job that waits longest.
 
     Attributes:
-        first_seconds: Of the first step, which holds the start of the workers; it counts for nothing else.
+        starting: The first so many steps hold the start of the workers, one each; they count for nothing else.
+        first_seconds: Of the first of them.
         seconds: Of all later steps.
         step_seconds: What those steps took, waiting included.
         steps: Steps so far.
     """
 
+    starting: int = 1
     first_seconds: float = 0.0
     seconds: float = 0.0
     step_seconds: float = 0.0
@@ -40,12 +42,12 @@ class DataWait:
         self.steps += 1
         if self.steps == 1:
             self.first_seconds = waited
-        else:
+        if self.steps > self.starting:
             self.seconds += waited
             self.step_seconds += own_seconds + work_seconds
         return waited
 
     @property
     def share(self) -> float:
-        """Waiting as a share of step time, from the second step on; 0 before it."""
+        """Waiting as a share of step time, once all workers have started; 0 before."""
         return self.seconds / self.step_seconds if self.step_seconds else 0.0
