@@ -78,4 +78,8 @@ def encode_rows(
         raise InputError("max_length", f"no pair that fits ({dict(skipped)})", "at least one pair to evaluate")
     if skipped:
         logger.warning("Left out %d of %d pairs: %s", skipped.total(), len(rows), dict(skipped))
+    n_cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in encoded[0])
+    if n_cut:
+        longest = encoders[0].max_length
+        logger.warning("Responses of %d pairs are cut: sequences are of %d tokens at most", n_cut, longest)
     return kept, encoded, skipped

@@ -6,7 +6,6 @@ model, in its parallel layouts or in its export shows.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,8 +25,6 @@ from ctpd_nemo.pipeline.tiny_world.pairs import answer_of
 # only names an Evaluation does not need them.
 if TYPE_CHECKING:
     from ctpd_nemo.data.encode import EncodedPair
-
-logger = logging.getLogger(__name__)
 
 _N_SAMPLES = 10
 
@@ -148,9 +145,6 @@ def evaluate_folder(
     longest = min(max_length, *(positions(path) or max_length for path in folders))
     encoders = [pair_encoder(path, chat_template, longest, include_eos) for path in folders]
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
-    n_cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in encoded)
-    if n_cut:
-        logger.warning("Responses of %d pairs are cut: sequences are of %d tokens at most", n_cut, longest)
     reference_margin: FloatArray | None = None
     for pairs in reference_encoded:
         # The reference goes first, and has left the memory before the model comes.

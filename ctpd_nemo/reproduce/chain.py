@@ -103,9 +103,13 @@ def _jobs(
     return jobs
 
 
+def _node_count(asked: ReproduceConfig) -> int:
+    return math.ceil(asked.gpus / asked.hardware.gpus_per_node)
+
+
 def _nodes(asked: ReproduceConfig) -> list[str]:
     """How ``torchrun`` brings up the processes of a job, one a GPU."""
-    nodes = math.ceil(asked.gpus / asked.hardware.gpus_per_node)
+    nodes = _node_count(asked)
     if nodes == 1:
         return [f"--nproc-per-node={asked.gpus}"]
     return [
@@ -131,7 +135,7 @@ def _costs(asked: ReproduceConfig, recipe: DictConfig, needed: Sequence[str]) ->
 
 def _submit(asked: ReproduceConfig, missing: Sequence[ChainJob], common: Sequence[str]) -> dict[str, str]:
     """Give the jobs to Slurm; what each is called there."""
-    nodes = math.ceil(asked.gpus / asked.hardware.gpus_per_node)
+    nodes = _node_count(asked)
     stages = [job.name for job in missing if not job.evaluates]
     numbers: dict[str, str] = {}
     if stages:

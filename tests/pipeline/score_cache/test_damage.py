@@ -25,10 +25,20 @@ from tests.pipeline.score_cache.made import (
     files,
     read,
     scores,
+    span_counts,
     write_all,
     write_shard,
     writer,
 )
+
+
+def rewrite(path: Path, side: str, pair: int, span: int, score: float) -> None:
+    """Put another score into a shard, whose sums are right all the same."""
+    table = pq.read_table(path)
+    column = table[side].to_pylist()
+    column[pair][span] = score
+    changed = table.set_column(table.schema.get_field_index(side), side, [column])
+    pq.write_table(with_sums(changed.cast(table.schema)), path)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
@@ -85,11 +95,7 @@ def test_a_score_that_is_not_finite_is_never_written(tmp_path: Path, value: floa
 
 def test_a_score_that_is_not_finite_is_never_read(tmp_path: Path) -> None:
     write_all(tmp_path)
-    path = tmp_path / "negative-00001.parquet"
-    table = pq.read_table(path)
-    chosen = table["chosen"].to_pylist()
-    chosen[1][0] = math.nan
-    pq.write_table(with_sums(table.set_column(1, "chosen", [chosen]).cast(table.schema)), path)
+    rewrite(tmp_path / "negative-00001.parquet", "chosen", pair=1, span=0, score=math.nan)
     with pytest.raises(InputError, match=r"negative-00001.parquet, pair 'pair-4', chosen, span 0: found nan"):
         read(tmp_path)
 
@@ -156,12 +162,8 @@ def test_a_log_prob_above_zero_is_never_written_and_a_margin_may_be(role: str, t
 
 def test_a_log_prob_above_zero_is_never_read(tmp_path: Path) -> None:
     write_all(tmp_path)
-    path = tmp_path / "positive-00002.parquet"
-    table = pq.read_table(path)
-    rejected = table["rejected"].to_pylist()
-    rejected[0][-1] = 0.25
-    pq.write_table(with_sums(table.set_column(2, "rejected", [rejected]).cast(table.schema)), path)
-    last = len(rejected[0]) - 1
+    last = span_counts(6)[1] - 1
+    rewrite(tmp_path / "positive-00002.parquet", "rejected", pair=0, span=last, score=0.25)
     with pytest.raises(InputError, match=f"positive-00002.parquet, pair 'pair-6', rejected, span {last}: found 0.25"):
         read(tmp_path)
 
