@@ -148,12 +148,9 @@ def evaluate_folder(
     reference_margin: FloatArray | None = None
     for pairs in reference_encoded:
         # The reference goes first, and has left the memory before the model comes.
-        chosen, rejected = pair_logprobs(load_model(folders[1], device, dtype), pairs, batch_size)
-        reference_margin = chosen - rejected
+        reference_margin = np.subtract(*pair_logprobs(load_model(folders[1], device, dtype), pairs, batch_size))
     model = load_model(folder, device, dtype)
-    chosen, rejected = pair_logprobs(model, encoded, batch_size)
-    values = _preference_values(encoded, chosen, rejected)
-    values["reward_margin"] = np.zeros(len(rows)) if reference_margin is None else chosen - rejected - reference_margin
+    values = _preference_values(encoded, *pair_logprobs(model, encoded, batch_size), reference_margin)
 
     # Where no answer is known, a few responses to look at are enough.
     n_asked = len(rows) if any(row.answer is not None for row in rows) else _N_SAMPLES
@@ -198,13 +195,16 @@ def _summary(
     )
 
 
-def _preference_values(pairs: Sequence[EncodedPair], chosen: FloatArray, rejected: FloatArray) -> dict[str, FloatArray]:
+def _preference_values(
+    pairs: Sequence[EncodedPair], chosen: FloatArray, rejected: FloatArray, reference_margin: FloatArray | None
+) -> dict[str, FloatArray]:
     """For each metric its value on each pair, float64 ``[n_pairs]``."""
     n_chosen = np.array([len(pair.chosen.policy.response_ids) for pair in pairs])
     n_rejected = np.array([len(pair.rejected.policy.response_ids) for pair in pairs])
     return {
         "preference_accuracy": _wins(chosen, rejected),
         "preference_accuracy_per_token": _wins(chosen / n_chosen, rejected / n_rejected),
+        "reward_margin": np.zeros_like(chosen) if reference_margin is None else chosen - rejected - reference_margin,
         "logprob_margin": chosen - rejected,
         "chosen_logprob": chosen,
         "rejected_logprob": rejected,

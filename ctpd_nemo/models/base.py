@@ -273,7 +273,8 @@ class MegatronModel(ModelPT):
 
 def _left_out(stats: StepStats) -> dict[str, float]:
     """Pairs that were skipped and responses that were cut, as metrics."""
-    return dict(zip(LEFT_OUT, (float(stats.skipped.total()), float(stats.truncated)), strict=True))
+    skipped, truncated = LEFT_OUT
+    return {skipped: float(stats.skipped.total()), truncated: float(stats.truncated)}
 
 
 def _data_parallel() -> tuple[int, int]:

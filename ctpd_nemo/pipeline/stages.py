@@ -7,19 +7,16 @@ newest checkpoint or shard. One whose inputs have changed is done again; what it
 
 import functools
 import gc
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.convert.fingerprint import weights_fingerprint
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
@@ -27,8 +24,6 @@ from ctpd_nemo.models.data import batching_of, load_side
 from ctpd_nemo.models.distillation import DistillationConfig
 from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.gpt import check_sizes
-from ctpd_nemo.models.methods import METHODS
-from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
@@ -39,15 +34,17 @@ from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
+from ctpd_nemo.pipeline.stage_status import (
+    StageStatus,
+    read_status,
+    settings_fingerprint,
+    stage_fingerprint,
+    write_status,
+)
 from ctpd_nemo.pipeline.top_k_cache import top_k_is_whole
 from ctpd_nemo.pipeline.train import train
 
 logger = logging.getLogger(__name__)
-
-
-STATUS = "stage.json"
-# How the work is cut up changes results by rounding alone: a run may go on with other values of these.
-_CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing", "encoded")
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for stage in stages:
         asked_for = config.only is None or stage.name in config.only
         inputs = stage.builds_on(config)
@@ -96,10 +94,12 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
             continue
         run = stage_config(config, stage, results)
         sources = {key: fingerprints[source] for key, source in inputs.items()}
-        fingerprint = on_rank_0(functools.partial(_fingerprint, run, stage, sources))
+        fingerprint = on_rank_0(functools.partial(stage_fingerprint, run, stage, sources))
         fingerprints[stage.name] = fingerprint
+        said = {key: settings[source] for key, source in inputs.items()}
+        settings[stage.name] = settings_fingerprint(run, stage, said)
         if asked_for:
-            results[stage.name] = _run_stage(stage, run, fingerprint)
+            results[stage.name] = _run_stage(stage, run, StageStatus(fingerprint, settings[stage.name]))
         elif done := _complete(stage, run, fingerprint):
             results[stage.name] = done
         gc.collect()
@@ -178,25 +178,46 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
     return run
 
 
+def settings_of_stages(config: DictConfig, names: Collection[str]) -> dict[str, str]:
+    """Of some stages the ``settings`` of their ``stage.json``, as a run of today would write them.
+
+    Args:
+        config: As of ``run_pipeline``.
+        names: The stages; those that one builds on are among them.
+
+    Raises:
+        InputError: A value cannot be used.
+    """
+    stages = find_stages(config)
+    inputs = {stage.name: StageResult(Path(config.run_dir) / stage.name, 0.0, skipped=True) for stage in stages}
+    found: dict[str, str] = {}
+    for stage in (one for one in stages if one.name in names):
+        sources = {key: found[source] for key, source in stage.builds_on(config).items()}
+        found[stage.name] = settings_fingerprint(stage_config(config, stage, inputs), stage, sources)
+    return found
+
+
 def _complete(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult | None:
     """What a stage left, where it is complete and still good."""
     output = Path(run.run_dir) / stage.output
-    status = on_rank_0(lambda: _read_status(Path(run.run_dir)) if output.exists() else {})
-    if status.get("fingerprint") != fingerprint or not status["complete"]:
+    status = on_rank_0(lambda: read_status(Path(run.run_dir)) if output.exists() else None)
+    if status is None or status.fingerprint != fingerprint or not status.complete:
         return None
     if stage.scores and not on_rank_0(lambda: is_whole(output) and (not run.method.top_k or top_k_is_whole(output))):
         return None
-    return StageResult(output, status["seconds"], skipped=True)
+    return StageResult(output, status.seconds, skipped=True)
 
 
-def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
+def _run_stage(stage: Stage, run: RunConfig, begun: StageStatus) -> StageResult:
+    """Run a stage, or what is left of it; ``begun`` is the status of one that has just begun."""
     folder, output = Path(run.run_dir), Path(run.run_dir) / stage.output
-    if done := _complete(stage, run, fingerprint):
+    if done := _complete(stage, run, begun.fingerprint):
         logger.info("%-13s skipped: complete, and nothing it depends on has changed", stage.name)
+        on_rank_0(lambda: _renew_settings(folder, begun.settings))
         return done
     on_rank_0(lambda: claim(folder))
-    status = on_rank_0(lambda: _prepare(folder, fingerprint))
-    logger.info("%-13s %s", stage.name, "goes on where it was cut off" if status else "begins")
+    goes_on = on_rank_0(lambda: _prepare(folder, begun))
+    logger.info("%-13s %s", stage.name, "goes on where it was cut off" if goes_on else "begins")
     started = time.perf_counter()
     if stage.scores:
         score(run)
@@ -206,89 +227,26 @@ def _run_stage(stage: Stage, run: RunConfig, fingerprint: str) -> StageResult:
         if not on_rank_0(output.exists):
             export(ExportConfig(str(checkpoint), run.policy_side().path, str(output)))
     seconds = time.perf_counter() - started
-    on_rank_0(lambda: _write_status(folder, fingerprint, complete=True, seconds=seconds))
+    on_rank_0(lambda: write_status(folder, replace(begun, complete=True, seconds=seconds)))
     logger.info("%-13s done in %.0f s: %s", stage.name, seconds, output)
     return StageResult(output, seconds, skipped=False)
 
 
-def _prepare(folder: Path, fingerprint: str) -> dict[str, Any]:
-    """The status of a stage that was cut off and is still good, or an empty one for a stage that begins."""
-    if status := _read_status(folder):
-        if status["fingerprint"] == fingerprint:
-            return status
+def _prepare(folder: Path, begun: StageStatus) -> bool:
+    """Make a stage's folder ready; whether the stage was cut off and goes on."""
+    status = read_status(folder)
+    if status is not None and status.fingerprint != begun.fingerprint:
         aside = next(p for i in range(1, 10_000) if not (p := folder.with_name(f"{folder.name}.old-{i}")).exists())
         folder.rename(aside)
         logger.info("%-13s inputs have changed: what it had made is now in %s", folder.name, aside)
-    _write_status(folder, fingerprint, complete=False, seconds=0.0)
-    return {}
+        status = None
+    if status != begun:
+        write_status(folder, begun)
+    return status is not None
 
 
-def _read_status(folder: Path) -> dict[str, Any]:
-    path = folder / STATUS
-    if not path.exists():
-        return {}
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        return {name: status[name] for name in ("fingerprint", "complete", "seconds")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(str(path), f"what no stage wrote ({error!r})", "a stage's status, or none to begin") from error
-
-
-def _write_status(folder: Path, fingerprint: str, complete: bool, seconds: float) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    status = {"fingerprint": fingerprint, "complete": complete, "seconds": seconds}
-    write_whole(folder / STATUS, json.dumps(status, indent=2) + "\n")
-
-
-def _fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> str:
-    """A hash of everything that the numbers of a stage depend on, folders by content and not by place.
-
-    Args:
-        run: The config of the stage.
-        stage: Which it is.
-        sources: Fingerprints of the stages that it builds on, by the config key of what each gives.
-    """
-    values = OmegaConf.to_container(OmegaConf.structured(run))
-    assert isinstance(values, dict)
-    data, trainer = values["data"], values["trainer"]
-    files = [Path(path) for path in [*data.pop("train"), *data.pop("validation")]]
-    content: dict[str, Any] = {
-        "seed": run.seed,
-        "precision": values["precision"],
-        "data": {key: value for key, value in data.items() if key not in _CUTS_OF_WORK},
-        "files": [(path.name, _content(path)) for path in files],
-        "method": {key: value for key, value in vars(run.method).items() if f"method.{key}" not in sources},
-        "stages": dict(sources),
-    }
-    if stage.scores:
-        for name in ("cache", "together", "microbatch_tokens"):
-            del content["method"][name]
-    else:
-        content |= {"optim": values["optim"], "epochs": trainer["epochs"], "max_steps": trainer["max_steps"]}
-    both = stage.scores or METHODS[run.method.name].two_sided
-    for name in ("student", "teacher") if both else (run.policy,):
-        side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
-        if own_folder or side.tokenizer or side.chat_template:
-            reader = load_side(side, f"model.{name}")
-            content[name] = [reader.tokenizer_fingerprint, reader.template_fingerprint]
-            if own_folder and side.path is not None:
-                content[name].append(weights_fingerprint(side.path))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _content(path: Path) -> str:
-    """SHA-256 of a file, or of the files of a folder with their names."""
-
-    def files() -> Iterator[Path]:
-        yield from sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-
-    total = hashlib.sha256()
-    for file in files():
-        if not file.is_file():
-            raise InputError(str(file), "no such file", "a preference file")
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while chunk := stream.read(2**20):
-                digest.update(chunk)
-        total.update(f"{file.relative_to(path) if path.is_dir() else ''}\0".encode() + digest.digest())
-    return total.hexdigest()
+def _renew_settings(folder: Path, settings: str) -> None:
+    """The same files may have another name since."""
+    status = read_status(folder)
+    if status is not None and status.settings != settings:
+        write_status(folder, replace(status, settings=settings))

@@ -1,6 +1,5 @@
 """A table as jobs of a cluster: the stages that are not done, and the evaluations behind them."""
 
-import math
 import os
 import re
 import shlex
@@ -13,9 +12,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import read_evaluation, read_json
+from ctpd_nemo.evaluation.card import read_evaluation
 from ctpd_nemo.pipeline.recipe import needed_stages
-from ctpd_nemo.pipeline.stages import STATUS
+from ctpd_nemo.pipeline.stage_status import read_status
+from ctpd_nemo.pipeline.stages import settings_of_stages
 from ctpd_nemo.planner.estimate import Estimate
 from ctpd_nemo.planner.jobs import find_jobs
 from ctpd_nemo.planner.search import given_layout
@@ -38,6 +38,7 @@ class ChainJob:
         name: The stage, or the stage whose student is evaluated.
         evaluates: Whether it is an evaluation, on one GPU, whose cost nobody plans.
         done: Whether it is complete.
+        outdated: Whether what is there was made with other settings.
         hours: Of the job, by the planner; ``None`` of an evaluation.
         gpu_hours: Likewise, of all its GPUs.
         command: For each node; of several, ``HEAD`` stands for the first one's name.
@@ -46,6 +47,7 @@ class ChainJob:
     name: str
     evaluates: bool
     done: bool
+    outdated: bool
     hours: float | None
     gpu_hours: float | None
     command: list[str]
@@ -62,21 +64,22 @@ def chain(
     """The jobs that are missing, printed or submitted, with what each costs.
 
     Raises:
-        InputError: A stage's layout does not divide or fit; Slurm refuses a job.
+        InputError: The GPUs do not fill their nodes, a stage's layout does not divide or fit, or Slurm refuses a job.
     """
     values = [one for one in overrides if one.lstrip("+~").split("=", 1)[0].split(".", 1)[0] not in _OURS]
     cells, planned = [], []
     for seed in seeds:
-        folder = seed_folder(recipe.run_dir, seed)
-        common = [f"experiment={experiment}", *values, f"run_dir={_quoted(folder)}", f"seed={seed}"]
-        jobs = _jobs(asked, students, recipe, folder, common)
+        folder = _quoted(seed_folder(recipe.run_dir, seed))
+        common = [f"experiment={experiment}", *values, f"run_dir={folder}", f"seed={seed}"]
+        jobs = _jobs(asked, students, recipe, seed, common)
         missing = [job for job in jobs if not job.done]
         numbers = _submit(asked, missing, common) if asked.launch == "slurm" else {}
         for job in jobs:
             what = f"evaluate {job.name}" if job.evaluates else job.name
+            shown = f"{what} (again: settings have changed)" if job.outdated else what
             said = "done" if job.done else numbers.get(what, shlex.join(job.command))
             cost = ["-" if one is None else f"{one:,.1f}" for one in (job.hours, job.gpu_hours)]
-            cells.append([str(seed), what, str(1 if job.evaluates else asked.gpus), *cost, said])
+            cells.append([str(seed), shown, str(1 if job.evaluates else asked.gpus), *cost, said])
             planned.append({"seed": seed, **vars(job), "submitted": numbers.get(what)})
         total = sum(job.gpu_hours or 0.0 for job in missing)
         cells.append([str(seed), "what is missing and planned", "", "", f"{total:,.1f}", ""])
@@ -85,26 +88,49 @@ def chain(
 
 
 def _jobs(
-    asked: ReproduceConfig, students: Sequence[str], recipe: DictConfig, folder: Path, common: Sequence[str]
+    asked: ReproduceConfig, students: Sequence[str], recipe: DictConfig, seed: int, common: Sequence[str]
 ) -> list[ChainJob]:
     needed = needed_stages(recipe, list(students))
     costs = _costs(asked, recipe, needed)
+    done, outdated = _standing(recipe, seed, needed)
+    folder = seed_folder(recipe.run_dir, seed)
     jobs = []
     for name in needed:
         cost = costs[name]
-        complete = bool(read_json(folder / name / STATUS).get("complete"))
         command = ["torchrun", *_nodes(asked), "tools/pipeline.py", *common, f"only=[{name}]"]
-        jobs.append(ChainJob(name, False, complete, cost.hours, cost.gpu_hours, command))
+        jobs.append(ChainJob(name, False, name in done, name in outdated, cost.hours, cost.gpu_hours, command))
     for stage in dict.fromkeys(students):
         scores, _ = benchmark_scores(read_evaluation(folder / stage / "export"))
-        complete = scores.keys() >= BENCHMARKS.keys()
+        complete = stage not in outdated and scores.keys() >= BENCHMARKS.keys()
         command = ["python", "tools/evaluate.py", f"folder={_quoted(folder / stage / 'export')}", "device=cuda"]
-        jobs.append(ChainJob(stage, True, complete, None, None, command))
+        jobs.append(ChainJob(stage, True, complete, stage in outdated, None, None, command))
     return jobs
 
 
+def _standing(recipe: DictConfig, seed: int, needed: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The stages that are complete with the settings of today, and those that have begun with other ones.
+
+    Whether weights and data are those of today as well is not looked at, which would read terabytes: a job that is
+    given out looks itself, and does again what has changed.
+    """
+    folder = seed_folder(recipe.run_dir, seed)
+    config = recipe.copy()
+    config.run_dir, config.seed = str(folder), seed
+    done, outdated = set(), set()
+    for name, settings in settings_of_stages(config, needed).items():
+        status = read_status(folder / name)
+        if status is not None and status.settings not in ("", settings):
+            outdated.add(name)
+        elif status is not None and status.complete:
+            done.add(name)
+    return done, outdated
+
+
 def _node_count(asked: ReproduceConfig) -> int:
-    return math.ceil(asked.gpus / asked.hardware.gpus_per_node)
+    nodes, rest = divmod(asked.gpus, asked.hardware.gpus_per_node)
+    if nodes and rest:
+        raise InputError("gpus", str(asked.gpus), f"a node's {asked.hardware.gpus_per_node} or fewer, or whole nodes")
+    return max(nodes, 1)
 
 
 def _nodes(asked: ReproduceConfig) -> list[str]:

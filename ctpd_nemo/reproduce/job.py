@@ -77,7 +77,8 @@ def _jobs(
 ) -> list[Table]:
     seeds = [0] if asked.seeds is None else asked.seeds
     jobs, planned = chain(asked, list(table.rows.values()), recipe, experiment, overrides, seeds)
-    rows = read_scores(recipe.run_dir, table, seeds, benchmark_scores)
+    outdated = {(job["seed"], job["name"]) for job in planned if job["outdated"]}
+    rows = read_scores(recipe.run_dir, table, seeds, benchmark_scores, outdated)
     tables = [jobs, score_table(table, rows, seeds, table.paper.get(experiment, {}))]
     values = {"experiment": experiment, "seeds": seeds, "jobs": planned, "paper": table.paper.get(experiment)}
     _write(table, recipe, tables[1:], values | as_values(rows, table))

@@ -1,7 +1,7 @@
 """The scores of students over seeds: what is read, and the arithmetic."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -91,8 +91,16 @@ def read_scores(
     table: TableConfig,
     seeds: Sequence[int],
     scores_of: Callable[[Mapping[str, Any]], tuple[dict[str, float], dict[str, float]]],
+    left_out: Collection[tuple[int, str]] = (),
 ) -> dict[str, dict[str, Cell]]:
     """For each row its cells by column; a column is there where every seed has it.
+
+    Args:
+        run_dir: Has a folder for each seed.
+        table: The rows.
+        seeds: The seeds.
+        scores_of: What to take from an evaluation: scores and their standard errors.
+        left_out: Seeds and stages that count as not evaluated.
 
     Raises:
         InputError: An evaluation is not what ``evaluate`` writes.
@@ -100,7 +108,10 @@ def read_scores(
     rows: dict[str, dict[str, Cell]] = {}
     for name, stage in table.rows.items():
         paths = [seed_folder(run_dir, seed) / stage / "export" / EVALUATION for seed in seeds]
-        found = [_read(path, scores_of) for path in paths]
+        found = [
+            ({}, {}) if (seed, stage) in left_out else _read(path, scores_of)
+            for seed, path in zip(seeds, paths, strict=True)
+        ]
         titles = [title for title in found[0][0] if all(title in scores for scores, _ in found)]
         rows[name] = {
             title: Cell.of([scores[title] for scores, _ in found], found[0][1].get(title)) for title in titles

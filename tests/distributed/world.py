@@ -13,6 +13,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from ctpd_nemo.pipeline.tiny_world.tokenizers import settled_pieces
+
 WORDS = [
     "the",
     "a",
@@ -110,6 +112,9 @@ def train_unigram(corpus: list[str]) -> PreTrainedTokenizerFast:
         vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", max_piece_length=6, show_progress=False
     )
     backend.train_from_iterator([*corpus, "system\nuser\nassistant\n"], trainer)
+    # The same losses in every run: where two probabilities are all but equal, rounding decides which way ULD pulls.
+    pieces = settled_pieces(json.loads(backend.to_str())["model"]["vocab"][1:])
+    backend.model = models.Unigram([("<unk>", 0.0), *pieces], unk_id=0)
     return _fast(backend, ["<|bos|>", "<|header|>", "<|eot|>"], HEADERS, bos_token="<|bos|>", eos_token="<|eot|>")
 
 

@@ -50,8 +50,11 @@ EXPORTING: dict[str, Where] = {
     "in an export": (export.HFWriter, "add", "before"),
     "before an export has its name": (export.HFWriter, "_finish", "before"),
     "after an export": (export.HFWriter, "_finish", "after"),
-    "before a stage is complete": (stages, "_write_status", "before"),
-    "after a stage is complete": (stages, "_write_status", "after"),
+    # The first status says that the stage has begun, the second that it is complete.
+    "before a stage has begun": (stages, "write_status", "before"),
+    "after a stage has begun": (stages, "write_status", "after"),
+    "before a stage is complete": (stages, "write_status", "before"),
+    "after a stage is complete": (stages, "write_status", "after"),
 }
 POINTS = TRAINING | SAVING | COMPLETING | SCORING | EXPORTING
 

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.pipeline.recipe import needed_stages
+from ctpd_nemo.pipeline.stage_status import StageStatus, write_status
+from ctpd_nemo.pipeline.stages import settings_of_stages
 from ctpd_nemo.planner.plan import plan
 from ctpd_nemo.reproduce.config import read_table
 from ctpd_nemo.reproduce.job import reproduce
@@ -79,6 +82,49 @@ def test_what_is_done_is_not_asked_for_again_and_stands_in_the_table(tmp_path: P
     (row,) = [line for line in (tmp_path / "table-1.md").read_text().splitlines() if line.startswith("| CTPD |")]
     assert row.startswith("| CTPD | 50.00 ± 1.00 (67.30 ± 0.46) |")
     assert row.endswith("| 50.00 (43.26) |")
+
+
+def test_what_was_made_with_other_settings_is_asked_for_again(tmp_path: Path) -> None:
+    def mark(name: str) -> None:
+        config = composed("pipeline", [f"experiment={EXPERIMENT}", f"run_dir={tmp_path}/seed-0"])
+        settings = settings_of_stages(config, needed_stages(config, [name]))[name]
+        status = StageStatus("of its content", settings, complete=True, seconds=1.0)
+        write_status(tmp_path / "seed-0" / name, status)
+
+    for name in ("sft_teacher", "sft_student", "uld", "dskd"):
+        mark(name)
+    task = {"metric": "acc", "value": 0.5, "standard_error": 0.01, "n": 10}
+    names = ("hellaswag", "arc_challenge", "mmlu", "truthfulqa_mc2", "winogrande", "gsm8k")
+    for name in ("uld", "dskd"):
+        (tmp_path / "seed-0" / name / "export").mkdir()
+        evaluation = json.dumps({"tasks": dict.fromkeys(names, task)})
+        (tmp_path / "seed-0" / name / "export/evaluation.json").write_text(evaluation)
+
+    def states(*overrides: str) -> dict[str, str]:
+        found = jobs(tmp_path, 1, *overrides)
+        return {
+            f"{job['evaluates']} {job['name']}": "outdated" if job["outdated"] else "done"
+            for job in found
+            if job["done"] or job["outdated"]
+        }
+
+    everything = ["False sft_teacher", "False sft_student", "False uld", "False dskd", "True dskd", "True uld"]
+    assert states() == dict.fromkeys(everything, "done")
+    # Other numbers, of one stage; what is cut up otherwise has the same.
+    changed = states("stages.uld.optim.lr=3e-6", "data.microbatch_tokens=6144")
+    assert changed == dict.fromkeys(everything, "done") | {"False uld": "outdated", "True uld": "outdated"}
+    rows = (tmp_path / "table-1.md").read_text().splitlines()
+    assert [row.split("|")[2].split("(")[0].strip() for row in rows if row.startswith(("| ULD", "| DSKD"))] == [
+        *("50.00 ± 1.00", "-")
+    ]
+    # What all that follows builds on.
+    assert set(states("+stages.sft_student.trainer.epochs=2").values()) == {"done", "outdated"}
+    assert states("+stages.sft_student.trainer.epochs=2")["False dskd"] == "outdated"
+
+
+def test_gpus_that_do_not_fill_nodes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gpus: found 12; expected a node's 8 or fewer, or whole nodes"):
+        jobs(tmp_path, 3, "gpus=12")
 
 
 @pytest.mark.parametrize("trial", [{"limit": 5}, {"num_fewshot": 0}])

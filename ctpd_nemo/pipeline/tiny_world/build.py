@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -80,14 +80,7 @@ def build_tiny_world(
         InputError: The folder holds something else; a number of pairs is out of range; a share is not in [0, 1].
     """
     folder = Path(folder)
-    for name, count in (("n_train", n_train), ("n_test", n_test)):
-        if count < 1:
-            raise InputError(name, str(count), "1 or more")
-    for name, share in (("flip", flip), ("mixed", mixed)):
-        if not 0 <= share <= 1:
-            raise InputError(name, str(share), "a share between 0 and 1")
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise InputError("kinds", ", ".join(kinds) or "none", "some of " + ", ".join(KINDS))
+    _check({"n_train": n_train, "n_test": n_test}, {"flip": flip, "mixed": mixed}, kinds)
     arguments = {
         **{"seed": seed, "n_train": n_train, "n_test": n_test, "flip": flip, "mixed": mixed, "kinds": [*kinds]},
         **{"teacher": asdict(teacher), "student": asdict(student)},
@@ -101,12 +94,12 @@ def build_tiny_world(
         return world
 
     train, sft = (generate_pairs("train", n_train, seed, share, kinds) for share in (flip, mixed))
+    test = generate_pairs("test", n_test, seed, kinds=kinds)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_rows(partial / world.train.name, train)
-    _write_rows(partial / world.sft.name, sft)
-    _write_rows(partial / world.test.name, generate_pairs("test", n_test, seed, kinds=kinds))
+    for path, rows in ((world.train, train), (world.sft, sft), (world.test, test)):
+        _write_rows(partial / path.name, rows)
     texts = _tokenizer_texts(train)
     bpe, unigram = train_bpe(texts), train_unigram(texts)
     write_model(partial / world.teacher.name, teacher_config(teacher, bpe), bpe, seed)
@@ -117,6 +110,17 @@ def build_tiny_world(
     partial.replace(folder)
     logger.info("%s: a tiny world of %d training and %d test pairs", folder, n_train, n_test)
     return world
+
+
+def _check(counts: Mapping[str, int], shares: Mapping[str, float], kinds: Sequence[str]) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(name, str(count), "1 or more")
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise InputError(name, str(share), "a share between 0 and 1")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise InputError("kinds", ", ".join(kinds) or "none", "some of " + ", ".join(KINDS))
 
 
 def _versions() -> dict[str, str]:

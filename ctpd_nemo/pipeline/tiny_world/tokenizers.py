@@ -69,7 +69,7 @@ def train_unigram(texts: Sequence[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     trained.train_from_iterator(texts, trainer)
-    pieces = _settled(json.loads(trained.to_str())["model"]["vocab"][1:])
+    pieces = settled_pieces(json.loads(trained.to_str())["model"]["vocab"][1:])
     # A byte must never beat a piece of text.
     worst = pieces[-1][1] - 10.0
     vocab = [("<unk>", 0.0), *((f"<0x{byte:02X}>", worst) for byte in range(256)), *pieces]
@@ -102,7 +102,7 @@ def _unigram_backend(model: models.Unigram) -> Tokenizer:
     return tokenizer
 
 
-def _settled(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
+def settled_pieces(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """The same pieces with scores that do not change from run to run, best first.
 
     The trainer gives the characters that it keeps only for coverage the lowest scores, 0.0001 apart in the order of a
