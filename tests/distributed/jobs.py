@@ -176,11 +176,11 @@ def layout_jobs(home: Path, name: str) -> list[dict[str, Any]]:
         parts = method(home, method_name, cache)
         parts |= {"parallel": layout.parallel, "precision": {"dtype": layout.precision}}
         # Two longest sequences, or two to three pairs end to end; of whole parts, where sequences are cut.
-        budget = (2 if layout.packing == "padded" else 3) * MAX_LENGTH
         parts_of_a_sequence = 2 * layout.parallel.get("context", 0) or 1
+        length = MAX_LENGTH + -MAX_LENGTH % parts_of_a_sequence
         parts["data"] = {
             "packing": layout.packing,
-            "microbatch_tokens": budget + -budget % parts_of_a_sequence,
+            "microbatch_tokens": (2 if layout.packing == "padded" else 3) * length,
             "encoded": str(home / name / "encoded") if layout.encoded else None,
         }
         jobs.append(
