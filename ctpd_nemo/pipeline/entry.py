@@ -85,12 +85,12 @@ def run(task: Task, config: DictConfig) -> None:
         logging.getLogger(__name__).info("%s", stopped.message)
         raise
     except OSError as error:
-        if error.filename is not None:
-            stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        # An open file that cannot grow: the error has no name of it.
-        stop(InputError(str(config.get("run_dir") or "disk"), str(error.strerror), "room to write"))
+        # A library's error over an open file that cannot grow may have no name of it.
+        place = config.get("run_dir") or "disk" if error.filename is None else os.fsdecode(error.filename)
+        stop(InputError(str(place), str(error.strerror), "room to write" if full else "a path that can be used"))
 
 
 def stop(error: InputError) -> None:

@@ -4,8 +4,6 @@ import contextlib
 import logging
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,6 @@ from tests.pipeline.checkpointing.runs import STEPS, names, rows, run, same_tens
 from tests.pipeline.recipe import composed
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB, which takes tests little to fill."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("may not mount a file system")
-    yield disk
-    # Log files of the run are open yet.
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
