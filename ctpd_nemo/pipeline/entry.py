@@ -65,7 +65,10 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
             except Exception as error:
                 if composed:
                     raise
-                stop(InputError("command line", str(error), "key=value, for keys and choices in conf"))
+                expected = (
+                    "key=value, for keys and choices in conf, or \"key='value'\" where one has characters of Hydra's"
+                )
+                stop(InputError("command line", str(error), expected))
             # At the end of a process NCCL complains of groups that are still there.
             if dist.is_initialized():
                 dist.destroy_process_group()
