@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import TracebackType
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_size
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from ctpd_nemo.convert.layout import (
 from ctpd_nemo.convert.load import chunk_parameters
 from ctpd_nemo.convert.safetensors_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.text_files import naming
 
 _logger = logging.getLogger(__name__)
 
@@ -179,7 +183,14 @@ class HFWriter:
         self.weight_map[name] = self._shards
 
     def _flush(self) -> None:
-        save_file(self._shard, self._unnamed(self._shards), metadata={"format": "pt"})
+        path = self._unnamed(self._shards)
+        try:
+            save_file(self._shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # What the system said is in its text alone.
+            if (said := re.search(r"\(os error (\d+)\)", str(error))) is None:
+                raise
+            raise OSError(int(said[1]), os.strerror(int(said[1])), str(path)) from error
         self._shards += 1
         self._shard, self._shard_bytes = {}, 0
 
@@ -204,11 +215,16 @@ class HFWriter:
 def copy_companions(reference: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """Copy what is not weights: ``config.json`` (its dtype replaced where one is given), tokenizer, licence."""
     if dtype is None:
-        shutil.copyfile(reference / "config.json", folder / "config.json")
+        _copy(reference / "config.json", folder)
     else:
         config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
         # transformers wrote torch_dtype until 4.55 and dtype since; both read both.
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in sorted({path for pattern in _COMPANIONS for path in reference.glob(pattern) if path.is_file()}):
+        _copy(path, folder)
+
+
+def _copy(path: Path, folder: Path) -> None:
+    with naming(folder / path.name):
         shutil.copyfile(path, folder / path.name)

@@ -115,7 +115,8 @@ class _Shards:
             return error
         except OSError as error:
             if not target.exists():
-                return InputError(str(writing), str(error.strerror), "a folder that can be written")
+                # NumPy says in words of its own, and without a number, that a file could not grow.
+                return InputError(str(writing), error.strerror or str(error), "a folder that can be written")
         finally:
             shutil.rmtree(writing, ignore_errors=True)
         return shard

@@ -1,6 +1,8 @@
 """Worker processes: started so that tokenizers bear it, and bad input in them told as it was."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ class WorkerLoader(DataLoader[T]):
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         self.dataset.prepare()  # type: ignore[attr-defined]
+        self.worker_init_fn = _leave_signals_to_the_job
         with _tokenizers_may_fork():
             items: Iterator[T | InputError] = super().__iter__()
         if self.num_workers:
@@ -42,6 +45,22 @@ class WorkerLoader(DataLoader[T]):
         del items
         if error is not None:
             raise error
+
+
+def _leave_signals_to_the_job(worker: int) -> None:
+    """Ctrl-C, and SIGTERM of some schedulers, reach every process; the job may have a step to do yet, on new data.
+
+    SIGTERM of the job itself, which ends workers so when it ends, is obeyed.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=[os.getppid()], daemon=True).start()
+
+
+def _end_when_told_by(job: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != job:
+        pass
+    os._exit(0)
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:

@@ -23,7 +23,7 @@ from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint as check_fil
 from ctpd_nemo.parallel.checkpoint_pickles import check_pickles
 from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
-from ctpd_nemo.parallel.optimizer_state import load_state, sharded_state
+from ctpd_nemo.parallel.optimizer_state import is_distributed, load_state, sharded_state
 
 
 @dataclass
@@ -149,6 +149,7 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
     sharded = _model_state(chunks)
     if optimizer is not None:
         sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=True)
+        _check_optimizer(folder, optimizer)
         saved = read_state(folder)
         if saved.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
@@ -165,6 +166,15 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
                 torch.cuda.set_rng_state(loaded["rng"]["device"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
     return TrainState(**json.loads(loaded["state"]))
+
+
+def _check_optimizer(folder: str | Path, optimizer: LightningOptimizer) -> None:
+    """Stop where the state is that of the other kind of optimizer; only the distributed one says how it is cut up."""
+    with reading(folder):
+        saved = "param_state_sharding_type" in dist_checkpointing.load_common_state_dict(Path(folder))["optimizer"]
+    if saved != is_distributed(optimizer.megatron):
+        found, expected = (str(kind).lower() for kind in (not saved, saved))
+        raise InputError("parallel.distributed_optimizer", found, f"{expected}, as {folder} was written")
 
 
 def layout_name() -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.text_files import naming
 
 LATEST = "latest"
 _MANIFEST = "manifest.json"
@@ -94,12 +95,13 @@ def write_whole(path: Path, text: str) -> None:
     """
     writing = path.with_name(path.name + ".writing")
     try:
-        with writing.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-        flush(path.parent)
+        with naming(path):
+            with writing.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(writing, path)
+            flush(path.parent)
     finally:
         writing.unlink(missing_ok=True)
 

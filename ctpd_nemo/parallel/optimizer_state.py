@@ -76,6 +76,11 @@ def load_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         part.optimizer.state[parameter]["step"] = step
 
 
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
+    """Whether data-parallel ranks share its state out."""
+    return isinstance(_only_part(optimizer), DistributedOptimizer)
+
+
 def _only_part(optimizer: MegatronOptimizer) -> MegatronOptimizer:
     """A dense model has one optimizer for all its parameters; Megatron chains it all the same."""
     if isinstance(optimizer, ChainedOptimizer):

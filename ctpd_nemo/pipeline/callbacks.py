@@ -14,7 +14,7 @@ from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.pipeline.step_rows import StepRows
-from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
+from ctpd_nemo.pipeline.stopping import StopRequest, stopped
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class StopBetweenShards(Callback):
         """Stop; ranks of one replica come to the same end, and replicas to ends of their own."""
         replica = (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group())
         if any_rank(self._request.received, replica):
-            raise Stopped("stopped by SIGTERM between two shards")
+            raise stopped("between two shards", any_rank(self._request.interrupted, replica))
 
 
 class MetricLog(Callback):

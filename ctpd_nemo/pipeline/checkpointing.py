@@ -18,7 +18,7 @@ from ctpd_nemo.parallel import checkpoint_files as files
 from ctpd_nemo.parallel.agreement import any_rank, first_reason
 from ctpd_nemo.parallel.checkpoint_writer import SaveFailed
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
-from ctpd_nemo.pipeline.stopping import Stopped, StopRequest
+from ctpd_nemo.pipeline.stopping import Stopped, StopRequest, stopped
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _VALIDATION = "validation.json"
 
 
 class Checkpointing(Callback):
-    """Writes a checkpoint every so many steps, at the end, and on SIGTERM; keeps the newest and the best.
+    """Writes a checkpoint every so many steps, at the end, and when asked to stop; keeps the newest and the best.
 
     Attributes:
         failure: Why the last checkpoint could not be written; ``None`` where it was.
@@ -45,7 +45,7 @@ class Checkpointing(Callback):
         self._stop = StopRequest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Listen for SIGTERM.
+        """Listen for SIGTERM and Ctrl-C.
 
         Raises:
             InputError: Validations will have no such metric as checkpoints are compared by.
@@ -157,10 +157,12 @@ class Checkpointing(Callback):
             logger.warning("%s: not tidied up: %s", self.folder, error)
 
     def _end(self, step: int) -> None:
-        """Leave; with a status of success only where nothing is lost."""
+        """Leave; with a status of failure where something is lost. Every rank calls it together."""
+        interrupted = any_rank(self._stop.interrupted)
         if self.failure is not None:
-            raise Stopped(f"stopped by SIGTERM at step {step}, without its checkpoint: {self.failure}", status=1)
-        raise Stopped(f"stopped by SIGTERM at step {step}, with a checkpoint of it")
+            message = stopped(f"at step {step}, without its checkpoint: {self.failure}", interrupted).message
+            raise Stopped(message, status=1)
+        raise stopped(f"at step {step}, with a checkpoint of it", interrupted)
 
 
 def newest_whole(checkpoints: Path) -> Path | None:

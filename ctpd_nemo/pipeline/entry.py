@@ -65,7 +65,10 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
             except Exception as error:
                 if composed:
                     raise
-                stop(InputError("command line", str(error), "key=value, for keys and choices in conf"))
+                expected = (
+                    "key=value, for keys and choices in conf, or \"key='value'\" where one has characters of Hydra's"
+                )
+                stop(InputError("command line", str(error), expected))
             # At the end of a process NCCL complains of groups that are still there.
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -85,12 +88,12 @@ def run(task: Task, config: DictConfig) -> None:
         logging.getLogger(__name__).info("%s", stopped.message)
         raise
     except OSError as error:
-        if error.filename is not None:
-            stop(InputError(os.fsdecode(error.filename), str(error.strerror), "a path that can be used"))
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:
             raise
-        # An open file that cannot grow: the error has no name of it.
-        stop(InputError(str(config.get("run_dir") or "disk"), str(error.strerror), "room to write"))
+        # A library's error over an open file that cannot grow may have no name of it.
+        place = config.get("run_dir") or "disk" if error.filename is None else os.fsdecode(error.filename)
+        stop(InputError(str(place), str(error.strerror), "room to write" if full else "a path that can be used"))
 
 
 def stop(error: InputError) -> None:

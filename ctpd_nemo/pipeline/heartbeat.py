@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 
 from ctpd_nemo.parallel.checkpoint_files import LATEST
 from ctpd_nemo.pipeline.pace import Clock, Pace
-from ctpd_nemo.pipeline.stopping import Stopped
+from ctpd_nemo.pipeline.stopping import INTERRUPTED, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,8 @@ class Heartbeat(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Tell why the job ends."""
-        stopped = isinstance(exception, KeyboardInterrupt) or (isinstance(exception, Stopped) and not exception.code)
+        stopped = isinstance(exception, Stopped) and exception.code in (0, INTERRUPTED)
+        stopped |= isinstance(exception, KeyboardInterrupt)
         if trainer.is_global_zero:
             why = {} if stopped else {"error": f"{type(exception).__name__}: {exception}"[:1000]}
             self.end("stopped" if stopped else "failed", **why)

@@ -20,6 +20,7 @@ from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.pipeline.environment import differences, environment
+from ctpd_nemo.text_files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _origin(run: RunConfig) -> Origin | None:
 def _append(path: Path, start: Mapping[str, Any]) -> None:
     """Add a line, also after one that was cut off."""
     cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut else "") + json.dumps(start) + "\n")
 
 

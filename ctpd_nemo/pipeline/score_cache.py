@@ -34,6 +34,7 @@ from ctpd_nemo.models.weighting import Weighting
 from ctpd_nemo.parallel.checkpoint_files import flush
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import check_scores, check_tables
+from ctpd_nemo.text_files import naming
 
 FINGERPRINTS = (
     "data",
@@ -339,8 +340,9 @@ def write_renamed(path: Path, write: Any) -> None:
     # Not the number of the process: in containers and on other nodes another job may have the same.
     writing = path.with_name(path.name + f".writing-{uuid.uuid4().hex[:12]}")
     try:
-        write(writing)
-        flush(writing)
-        os.replace(writing, path)
+        with naming(path):
+            write(writing)
+            flush(writing)
+            os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)

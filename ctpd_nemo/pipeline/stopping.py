@@ -1,42 +1,69 @@
-"""SIGTERM: a scheduler that wants its nodes back, or a person who wants theirs."""
+"""SIGTERM and Ctrl-C: a scheduler that wants its nodes back, or a person who wants theirs."""
 
+import os
 import signal
 import threading
 from types import FrameType
 from typing import Any
 
+# What a shell expects of a command that Ctrl-C has ended, and begins no next one after.
+INTERRUPTED = 128 + signal.SIGINT
+
 
 class Stopped(SystemExit):
-    """The job was asked to stop and has; started again, it goes on from here. The process ends with status 0."""
+    """The job was asked to stop and has; started again, it goes on from here.
+
+    The process ends with status 0 after SIGTERM, and with 130 after Ctrl-C.
+    """
 
     def __init__(self, message: str = "stopped by SIGTERM", status: int = 0) -> None:
         super().__init__(status)
         self.message = message
 
 
+def stopped(where: str, interrupted: bool) -> Stopped:
+    """The end of a job that has come to a point that it can go on from."""
+    return Stopped(f"stopped by Ctrl-C {where}", INTERRUPTED) if interrupted else Stopped(f"stopped by SIGTERM {where}")
+
+
 def stop_at_once(status: int) -> None:
-    """Until a job listens for itself, SIGTERM ends it where it is: nothing that is half done has its name yet.
+    """Until a job listens for itself, either ends it where it is: nothing that is half done has its name yet.
 
     Args:
-        status: What the process ends with.
+        status: What the process ends with after SIGTERM.
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            raise Stopped("stopped by Ctrl-C", INTERRUPTED)
         raise Stopped(status=status)
 
     _handle(stop)
 
 
 class StopRequest:
-    """Remembers SIGTERM until the job comes to a point that it can go on from."""
+    """Remembers SIGTERM or Ctrl-C until the job comes to a point that it can go on from; a second Ctrl-C ends it.
+
+    Attributes:
+        received: Whether there was either.
+        interrupted: Whether there was Ctrl-C.
+    """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.interrupted = False
 
     def listen(self) -> None:
-        """Begin; Lightning gives the signal back to whoever had it when its trainer is done."""
+        """Begin; Lightning gives the signals back to whoever had them when its trainer is done."""
+        process = os.getpid()
 
         def remember(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGINT:
+                if self.interrupted:
+                    raise Stopped("stopped by Ctrl-C at once", INTERRUPTED)
+                self.interrupted = True
+                # Not by a logger, which may be at it; and not by a fork that writes a checkpoint, which hears it too.
+                if os.getpid() == process and os.environ.get("RANK", "0") == "0":
+                    os.write(2, b"\nCtrl-C: the job stops after the step or shard at hand; once more, and at once\n")
             self.received = True
 
         _handle(remember)
@@ -45,3 +72,6 @@ class StopRequest:
 def _handle(handler: Any) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
+        # A shell has what runs in the background ignore it.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, handler)

@@ -1,6 +1,7 @@
 """TensorBoard, for a run that is worth more than its curves."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,6 +26,11 @@ class LastingTensorBoard(TensorBoardLogger):
         """
         super().__init__(**arguments)
         self._again_at = -float("inf")
+
+    @property
+    def log_dir(self) -> str:
+        """The folder as it was given: Lightning would take ``$HOME`` in its name for a variable."""
+        return os.path.join(self.root_dir, "")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Draw points."""

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ctpd_nemo.pipeline.stopping import INTERRUPTED
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.faults import points
 from tests.faults.conftest import Account, Zygote
@@ -145,11 +146,45 @@ def test_sigterm_ends_with_a_checkpoint_and_status_0(
     stop_and_go_on(job, job.folder / "run/metrics.jsonl", 1, targets, undisturbed, account)
 
 
-def stop_and_go_on(
-    job: Job, log: Path, lines: int, targets: list[int], undisturbed: Undisturbed, account: Account
+@pytest.mark.parametrize(
+    ("ranks", "workers", "number"), [(1, 1, signal.SIGINT), (2, 0, signal.SIGINT), (1, 1, signal.SIGTERM)]
+)
+def test_a_signal_to_every_process_of_a_job_ends_it_with_a_checkpoint(
+    ranks: int,
+    workers: int,
+    number: int,
+    zygote: Zygote,
+    world: TinyWorld,
+    undisturbed: Undisturbed,
+    account: Account,
+    tmp_path: Path,
 ) -> None:
-    statuses, seconds = job.run({"file": str(log), "lines": lines, "targets": targets, "signal": int(signal.SIGTERM)})
-    assert not any(statuses), f"{statuses}\n{job.logs()}"
+    """As a terminal sends Ctrl-C, and some schedulers SIGTERM; here while a checkpoint is written in the background."""
+    job = training(zygote, world, tmp_path, ranks, async_save=True)
+    job.arguments.append(f"data.num_workers={workers}")
+    log, targets = job.folder / "run/metrics.jsonl", list(range(ranks))
+    stop_and_go_on(job, log, 2, targets, undisturbed, account, {"signal": int(number), "group": True})
+
+
+def stop_and_go_on(
+    job: Job,
+    log: Path,
+    lines: int,
+    targets: list[int],
+    undisturbed: Undisturbed,
+    account: Account,
+    how: dict[str, Any] | None = None,
+) -> None:
+    """SIGTERM unless ``how`` says otherwise."""
+    fault = {"file": str(log), "lines": lines, "targets": targets, "signal": int(signal.SIGTERM), **(how or {})}
+    statuses, seconds = job.run(dict(fault))
+    if fault["signal"] == signal.SIGINT:
+        # Once one has ended so, the others are asked to.
+        assert INTERRUPTED in statuses, f"{statuses}\n{job.logs()}"
+        assert "stopped by Ctrl-C at step" in job.logs()
+        assert set(statuses) <= {0, INTERRUPTED}, f"{statuses}\n{job.logs()}"
+    else:
+        assert not any(statuses), f"{statuses}\n{job.logs()}"
     assert seconds < BOUND
     run_dir = job.folder / "run"
     done = steps_done(run_dir)

@@ -1,4 +1,4 @@
-"""The same under ``torchrun`` itself: it sees a rank die and ends the others, and passes SIGTERM on to all."""
+"""The same under ``torchrun`` itself: it sees a rank die and ends the others, and passes signals on to all."""
 
 import signal
 import subprocess
@@ -30,7 +30,7 @@ def workers(torchrun: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["one rank: kill", "all ranks: stop", "torchrun: stop"])
+@pytest.mark.parametrize("to", ["one rank: kill", "all ranks: stop", "torchrun: stop", "torchrun: Ctrl-C"])
 def test_a_job_under_torchrun_that_ends_before_its_time_goes_on_bit_for_bit(
     to: str, zygote: Zygote, world: TinyWorld, account: Account, tmp_path: Path
 ) -> None:
@@ -45,6 +45,8 @@ def test_a_job_under_torchrun_that_ends_before_its_time_goes_on_bit_for_bit(
         begun = time.monotonic()
         if to == "torchrun: stop":
             torchrun.send_signal(signal.SIGTERM)
+        elif to == "torchrun: Ctrl-C":
+            torchrun.send_signal(signal.SIGINT)
         for number, worker in enumerate(workers(torchrun)):
             if to == "all ranks: stop":
                 worker.send_signal(signal.SIGTERM)

@@ -7,7 +7,8 @@ Reads jobs from standard input, a JSON object a line, and answers with ``{"statu
   dies the others get SIGTERM, and SIGKILL if they do not end: what ``torchrun`` does.
 - ``folder``: the working folder; standard output and error of a rank go to ``<folder>/rank-<rank>.log``.
 - ``fault``: ``null``, or which ``signal`` to send: to the ``targets``, ``seconds`` after the start or once ``file``
-  has so many ``lines``, or to ``rank`` the ``nth`` time that it comes to a ``point``, see ``points``.
+  has so many ``lines``, and with ``group`` to all that they have started; or to ``rank`` the ``nth`` time that it
+  comes to a ``point``, see ``points``.
 - ``spoil``: ``null``, or what goes wrong with numbers, or takes for ever, see ``spoil``.
 - ``bound``: seconds that the whole job may take.
 - ``grace``: seconds that ranks may take to end once they were asked to.
@@ -62,6 +63,9 @@ def _run_rank(job: dict[str, Any], rank: int, port: int) -> None:
         if job["spoil"]:
             spoil.install(job["spoil"], rank, folder)
         fault = job["fault"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if fault and fault.get("group"):
+            os.setpgid(0, 0)
         if fault and "point" in fault and fault["rank"] == rank:
             points.install(fault, os.getpid())
         sys.argv = [str(_TOOLS / job["tool"]), *job["arguments"]]
@@ -100,7 +104,7 @@ def _supervise(job: dict[str, Any], pids: list[int]) -> list[int]:
         if "targets" in fault and _is_due(fault, now - started):
             for target in fault.pop("targets"):
                 if target not in statuses:
-                    os.kill(pids[target], fault["signal"])
+                    (os.killpg if fault.get("group") else os.kill)(pids[target], fault["signal"])
         failed = any(statuses.values())
         if left and asked is None and (failed or now - started > job["bound"]):
             asked = now

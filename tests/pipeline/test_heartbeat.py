@@ -12,7 +12,7 @@ import pytest
 from ctpd_nemo.pipeline import heartbeat
 from ctpd_nemo.pipeline.heartbeat import FILE, Heartbeat
 from ctpd_nemo.pipeline.pace import Pace
-from ctpd_nemo.pipeline.stopping import Stopped
+from ctpd_nemo.pipeline.stopping import INTERRUPTED, Stopped
 
 
 class Job:
@@ -117,6 +117,7 @@ def test_a_job_is_stale_once_a_step_takes_ten_times_the_longest(job: Job) -> Non
     [
         (ValueError("a bug"), "failed", "ValueError: a bug"),
         (Stopped("stopped by SIGTERM"), "stopped", None),
+        (Stopped("stopped by Ctrl-C", status=INTERRUPTED), "stopped", None),
         (Stopped("stopped, without its checkpoint", status=1), "failed", "Stopped: 1"),
         (KeyboardInterrupt(), "stopped", None),
     ],

@@ -4,8 +4,6 @@ import contextlib
 import logging
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel import checkpoint_files
+from ctpd_nemo.parallel import checkpoint_files, checkpoint_writer
 from ctpd_nemo.pipeline import tensorboard
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
@@ -23,19 +21,6 @@ from tests.pipeline.checkpointing.runs import STEPS, names, rows, run, same_tens
 from tests.pipeline.recipe import composed
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB, which takes tests little to fill."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("may not mount a file system")
-    yield disk
-    # Log files of the run are open yet.
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["sync", "async"])
@@ -105,18 +90,30 @@ def test_a_disk_that_is_full_for_a_while_costs_a_run_points_of_tensorboard_alone
     assert len(drawn) == len({point.step for point in drawn}) < steps
 
 
+@pytest.mark.parametrize("when", ["begun", "written"])
 def test_a_folder_that_goes_away_during_a_save_fails_the_save_and_not_the_run(
-    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
-    write_manifest, gone = checkpoint_files.write_manifest, []
+    begin, write_manifest, gone = checkpoint_writer._begin, checkpoint_files.write_manifest, []
 
-    def write(folder: Path) -> None:
+    def lose(folder: Path) -> None:
         if not gone:
             gone.append(folder)
             shutil.rmtree(folder.parent)
+
+    def begin_and_lose(final: Path) -> Path:
+        writing = begin(final)
+        lose(writing)
+        return writing
+
+    def lose_and_write(folder: Path) -> None:
+        lose(folder)
         write_manifest(folder)
 
-    monkeypatch.setattr(checkpoint_files, "write_manifest", write)
+    if when == "begun":
+        monkeypatch.setattr(checkpoint_writer, "_begin", begin_and_lose)
+    else:
+        monkeypatch.setattr(checkpoint_files, "write_manifest", lose_and_write)
     with caplog.at_level(logging.WARNING, "ctpd_nemo"):
         run(sft(world, tmp_path / "run"))
     (told,) = (record.getMessage() for record in caplog.records if "could not be written" in record.getMessage())

@@ -99,6 +99,14 @@ def test_a_run_with_damaged_checkpoints_alone_does_not_begin_anew(
         run(sft(world, run_dir))
 
 
+def test_a_checkpoint_of_the_other_kind_of_optimizer_is_refused(whole: Path, world: TinyWorld, tmp_path: Path) -> None:
+    run_dir = cut_back(whole, tmp_path / "run", 2)
+    with pytest.raises(InputError) as error:
+        run([*sft(world, run_dir), "parallel.distributed_optimizer=false"])
+    assert (error.value.place, error.value.found) == ("parallel.distributed_optimizer", "false")
+    assert names(run_dir) == [step(1), step(2)]
+
+
 def test_what_was_half_written_replaced_or_removed_is_cleared_away(
     whole: Path, world: TinyWorld, tmp_path: Path
 ) -> None:
