@@ -4,7 +4,7 @@
 
 Pairs whose rejected response has the wrong answer, and differs in it alone: the mean weight of spans that hold a byte
 of the difference, beside that of the other spans; the last one, which ends the response, is left out. Beside it what
-SFT has taught both models to prefer: the log-prob of chosen less rejected, as a mean over the first 32 pairs of a seed.
+SFT has taught both models to prefer: the log-prob of chosen less rejected, as a mean over the pairs of a seed.
 """
 
 import argparse
@@ -25,9 +25,8 @@ from ctpd_nemo.losses.weights import exponential_weights
 from ctpd_nemo.spans import align_batch
 
 SIDES = ("chosen", "rejected")
-FIRST_PAIRS = 32
-# Roles of the cache; that of the student is there where a table's row asks for it.
-ROLES = {"teacher after SFT": "reference", "student after SFT": "student"}
+# A cache and a role in it; that of the student is there once table 2 is.
+MODELS = {"teacher after SFT": ("score", "reference"), "student after SFT": ("score_student", "student")}
 
 
 def main() -> None:
@@ -37,14 +36,14 @@ def main() -> None:
     for folder in sorted(arguments.run_dir.glob("seed-*")):
         for side in SIDES:
             results.append({"seed": folder.name, "response": side, **mean_weights(folder, side, arguments.pairs)})
-        preferred.append({"seed": folder.name, **{name: preference(folder, role) for name, role in ROLES.items()}})
+        preferred.append({"seed": folder.name, **{name: preference(folder, *of) for name, of in MODELS.items()}})
     names = ("differ", "shared", "spans")
     weights = [[row["seed"], row["response"], *_cells(row, names), str(row["pairs"])] for row in results]
     header = ["seed", "response", "spans that differ", "other spans", "spans a response", "pairs"]
-    margins = [[row["seed"], *_cells(row, ROLES)] for row in preferred]
+    margins = [[row["seed"], *_cells(row, MODELS)] for row in preferred]
     tables = [
         Table("Mean weight:", header, weights),
-        Table("Log-prob of chosen less rejected, nats:", ["seed", *ROLES], margins),
+        Table("Log-prob of chosen less rejected, nats:", ["seed", *MODELS], margins),
     ]
     write_report("Where the weights lie", tables, {"weights": results, "preferred": preferred}, arguments)
 
@@ -83,11 +82,10 @@ def mean_weights(folder: Path, side: str, n_pairs: int) -> dict[str, Any]:
     return {**{name: float(np.mean(values)) for name, values in found.items()}, "pairs": len(found["differ"])}
 
 
-def preference(folder: Path, role: str) -> float | None:
-    """The mean margin of a model on a seed's first pairs; ``None`` where the cache does not have the model."""
-    chosen, rejected = (read_scores(folder / "score/cache", role, side) for side in SIDES)
-    first = list(chosen)[:FIRST_PAIRS]
-    return float(np.mean([chosen[pair].sum() - rejected[pair].sum() for pair in first])) if first else None
+def preference(folder: Path, stage: str, role: str) -> float | None:
+    """The mean margin of a model on a seed's pairs; ``None`` where no cache has the model."""
+    chosen, rejected = (read_scores(folder / stage / "cache", role, side) for side in SIDES)
+    return float(np.mean([chosen[pair].sum() - rejected[pair].sum() for pair in chosen])) if chosen else None
 
 
 def read_scores(cache: Path, role: str, side: str) -> dict[str, NDArray[np.float32]]:

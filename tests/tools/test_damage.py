@@ -305,7 +305,7 @@ def test_a_status_that_no_stage_wrote_is_named(world: TinyWorld, tmp_path: Path)
     status = tmp_path / "run/sft_student/stage.json"
     run_pipeline(composed("pipeline", one_stage(world, tmp_path / "run")))
     half(status)
-    with pytest.raises(InputError, match="expected a stage.s status") as error:
+    with pytest.raises(InputError, match="expected a stage's status") as error:
         run_pipeline(composed("pipeline", one_stage(world, tmp_path / "run")))
     assert error.value.place == str(status)
 
