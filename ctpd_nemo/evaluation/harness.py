@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _TASKS = Path(__file__).parent / "tasks"
 _LOCAL = "local"
+_DATA = "a network or a cache that has the harness's datasets, or a folder of local rows"
 
 
 def known_tasks() -> list[str]:
@@ -60,8 +61,8 @@ def run_harness(
         questions, ``num_fewshot``, ``limit``, ``source`` and the harness's ``version``.
 
     Raises:
-        InputError: The harness is not installed, a task is not known, or rows cannot be used; the folder holds no
-            usable model, or other weights than its config describes.
+        InputError: The harness is not installed, a task is not known, rows cannot be used, or datasets are out of
+            reach; the folder holds no usable model, or other weights than its config describes.
     """
     lm_eval = _harness()
     specs = {name: _spec(name, num_fewshot) for name in tasks}
@@ -79,14 +80,19 @@ def run_harness(
     found = {}
     for name, spec in specs.items():
         logger.info("%-15s %d examples before each question", name, spec["num_fewshot"])
-        results = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[asked[name]],
-            num_fewshot=spec["num_fewshot"],
-            limit=limit,
-            fewshot_random_seed=seed,
-            log_samples=False,
-        )
+        try:
+            results = lm_eval.simple_evaluate(
+                model=model,
+                tasks=[asked[name]],
+                num_fewshot=spec["num_fewshot"],
+                limit=limit,
+                fewshot_random_seed=seed,
+                log_samples=False,
+            )
+        except OSError as error:
+            # Of the Hub, or of a cache of it.
+            said = " ".join(str(error).split())[:300]
+            raise InputError("tasks.data", f"{data or 'null'}, and no data of {name} ({said})", _DATA) from error
         found[name] = _result(spec, results, data, lm_eval.__version__) | {"limit": limit}
     return found
 

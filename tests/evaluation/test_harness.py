@@ -197,3 +197,12 @@ def test_what_cannot_be_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in MADE["gsm8k"]))
     with pytest.raises(InputError, match=r"found 2 rows for examples; expected 5"):
         run_harness(tmp_path, ["gsm8k"], data=tmp_path)
+
+
+def test_datasets_out_of_reach_are_told(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("Couldn't reach\n'Rowan/hellaswag' on the Hub")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
+    with pytest.raises(InputError, match=r"tasks\.data: found null, and no data of hellaswag \(Couldn't reach 'R"):
+        run_harness(world.student, ["hellaswag"])
