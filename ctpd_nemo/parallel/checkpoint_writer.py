@@ -16,8 +16,8 @@ import queue
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path, PosixPath
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -69,7 +69,11 @@ class CheckpointWriter:
         _kept.clear()
         writing = _begin(final)
         with self._failing(writing):
-            request = _request(make_state(), writing, in_background=self._queue is not None)
+            state = make_state()
+            # Megatron-Core has the first rank look into the folder, alone; the others would wait for its error.
+            if reason := first_reason(f"{writing} is gone" if dist.get_rank() == 0 and not writing.is_dir() else None):
+                raise SaveFailed(reason)
+            request = _request(state, writing, in_background=self._queue is not None)
             request.finalize_fns.append(functools.partial(_complete, writing, final))
             if self._queue is None:
                 request.execute_sync()
@@ -212,17 +216,6 @@ class _ResultsOfFork:
             self._received.put(self._reader.recv())
 
 
-class _Folder(PosixPath):
-    """The folder that Megatron-Core looks into before it plans a save; one that is gone by then fails the save."""
-
-    def iterdir(self) -> Generator["_Folder", None, None]:
-        """What is in it, or nothing."""
-        try:
-            yield from super().iterdir()
-        except OSError as error:
-            _kept.append(str(error))
-
-
 def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     """Keep what goes wrong on the first rank until all ranks meet."""
 
@@ -237,7 +230,6 @@ def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-serialization.Path = _Folder  # type: ignore[assignment,misc]
 serialization.save_config = _keeping(serialization.save_config)
 filesystem_async.FileSystemWriterAsync.finish = _keeping(filesystem_async.FileSystemWriterAsync.finish)  # type: ignore[method-assign]
 if hasattr(common, "TorchCommonSaveStrategy"):  # until 0.18; later versions write no such file
