@@ -200,6 +200,8 @@ def test_what_cannot_be_run_is_named(tmp_path: Path) -> None:
 
 
 def test_datasets_out_of_reach_are_told(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+
     def unreachable(**_: Any) -> None:
         raise ConnectionError("Couldn't reach\n'Rowan/hellaswag' on the Hub")
 
