@@ -64,7 +64,7 @@ def chain(
     """The jobs that are missing, printed or submitted, with what each costs.
 
     Raises:
-        InputError: The GPUs do not fill their nodes, a stage's layout does not divide or fit, or Slurm refuses a job.
+        InputError: A stage's layout does not divide or fit; Slurm refuses a job.
     """
     values = [one for one in overrides if one.lstrip("+~").split("=", 1)[0].split(".", 1)[0] not in _OURS]
     cells, planned = [], []
@@ -127,10 +127,7 @@ def _standing(recipe: DictConfig, seed: int, needed: Sequence[str]) -> tuple[set
 
 
 def _node_count(asked: ReproduceConfig) -> int:
-    nodes, rest = divmod(asked.gpus, asked.hardware.gpus_per_node)
-    if nodes and rest:
-        raise InputError("gpus", str(asked.gpus), f"a node's {asked.hardware.gpus_per_node} or fewer, or whole nodes")
-    return max(nodes, 1)
+    return max(asked.gpus // asked.hardware.gpus_per_node, 1)
 
 
 def _nodes(asked: ReproduceConfig) -> list[str]:

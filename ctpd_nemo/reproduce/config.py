@@ -114,6 +114,9 @@ class ReproduceConfig:
         if self.table not in known_tables():
             raise InputError("table", str(self.table), "one of " + ", ".join(map(str, known_tables())))
         self.hardware.check()
+        node = self.hardware.gpus_per_node
+        if self.gpus > node and self.gpus % node:
+            raise InputError("gpus", str(self.gpus), f"a node's {node} or fewer, or whole nodes")
         self.workload.check()
 
 
