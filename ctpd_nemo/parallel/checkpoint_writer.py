@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.parallel import checkpoint_files as files
 from ctpd_nemo.parallel.agreement import first_reason
-from ctpd_nemo.parallel.children import end_with_parent
+from ctpd_nemo.parallel.children import children_end_too, end_with_parent
 from ctpd_nemo.parallel.optimizer_state import SHARDING
 
 logger = logging.getLogger(__name__)
@@ -159,11 +159,14 @@ def _request(state: dict[str, Any], writing: Path, in_background: bool) -> async
 
 def _write(write: Callable[..., None], writing: Path, in_fork: bool, rank: int, *args: Any) -> None:
     """Write this rank's files, and their sums while they are still in memory."""
+    # Forks hold the rank's connections: others would not see that a rank was killed of which one lives on.
     if in_fork:
-        # It holds the rank's connections: others would not see that a rank was killed whose fork lives on.
         end_with_parent()
     try:
-        write(rank, *args)
+        # Until 0.18 Megatron-Core forks once more, for each file; the last such process tells the one that started
+        # it, and would wait for ever for one that is gone to hear it.
+        with children_end_too():
+            write(rank, *args)
         files.write_sums(writing, rank)
     except OSError as error:
         _kept.append(str(error))

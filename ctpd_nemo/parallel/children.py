@@ -1,13 +1,35 @@
 """Processes that a job starts, and that are not to outlive it."""
 
+import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import threading
+from collections.abc import Iterator
 
 
 def end_with_parent() -> None:
     """Called in a process that ``multiprocessing`` started: end it as soon as its parent is gone, killed or not."""
     threading.Thread(target=_watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def children_end_too() -> Iterator[None]:
+    """Have each process that this one forks meanwhile through ``multiprocessing`` end as soon as this one is gone.
+
+    For forks of libraries, into which no call of ``end_with_parent`` can be put.
+    """
+    # Registered for as long as it is referred to.
+    registered = _Registered()
+    multiprocessing.util.register_after_fork(registered, lambda _: end_with_parent())
+    try:
+        yield
+    finally:
+        del registered
+
+
+class _Registered:
+    pass
 
 
 def _watch() -> None:

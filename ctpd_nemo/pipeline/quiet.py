@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import threading
 import warnings
 
@@ -32,6 +33,9 @@ _MESSAGES = (
 
 def before_imports() -> None:
     """Set filters and log levels; has no effect on this project's own messages."""
+    # Torch reads it when it is imported. Where one rank has ended, its warnings tell the others' lost connections to
+    # it, a page of frames each; its errors are told.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=message)
     # A log file on a full disk: each line that it has no room for would be a traceback on the terminal.

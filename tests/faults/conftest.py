@@ -38,6 +38,7 @@ class Zygote:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
+        assert not answer["left"], f"processes that outlive their ranks: {answer['left']}"
         return answer["statuses"], answer["seconds"]
 
     def close(self) -> None:

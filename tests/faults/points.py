@@ -1,4 +1,4 @@
-"""Points of a job at which it is to be killed: calls of functions, before, in the middle or after."""
+"""Points of a job at which it is to be killed: calls of functions, before, after or, by a fork that goes on, beside."""
 
 import functools
 import multiprocessing
@@ -28,6 +28,7 @@ SAVING: dict[str, Where] = {
     "in an empty folder": (checkpoint_writer, "_begin", "after"),
     "after the plan": (checkpoint_writer, "_request", "after"),
     "in a tensor file": (filesystem_async, "_write_item", "after"),
+    "beside a tensor file": (filesystem_async, "_write_item", "beside"),
     "before the sums": (checkpoint_files, "write_sums", "before"),
     "after the sums": (checkpoint_files, "write_sums", "after"),
     "before all meet": (checkpoint_writer, "first_reason", "before"),
@@ -75,7 +76,10 @@ def _struck(function: Callable[..., Any], when: str, nth: int, number: int, pid:
             due = calls.value == nth
         if due:
             os.kill(pid, number)
-            if number == signal.SIGKILL and os.getpid() != pid:
+            parent = multiprocessing.parent_process()
+            if when == "beside" and parent is not None:
+                parent.join()
+            elif number == signal.SIGKILL and os.getpid() != pid:
                 # A fork in the middle of a file.
                 os._exit(1)
 
@@ -84,7 +88,7 @@ def _struck(function: Callable[..., Any], when: str, nth: int, number: int, pid:
         if when == "before":
             strike()
         result = function(*args, **kwargs)
-        if when == "after":
+        if when in ("after", "beside"):
             strike()
         return result
 

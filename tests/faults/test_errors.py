@@ -15,6 +15,9 @@ from ctpd_nemo.pipeline.entry import tool
 
 @tool("train")
 def main(config):
+    import signal
+    import time
+
     import torch.distributed as dist
 
     from ctpd_nemo.errors import InputError
@@ -22,6 +25,9 @@ def main(config):
 
     initialize(ParallelConfig())
     dist.barrier()
+    if dist.get_rank() == config.get("late"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(2)
     if dist.get_rank() in config.failing:
         raise InputError("pairs.jsonl:17", "nonsense", "a pair") if config.foreseen else ValueError("a bug")
     dist.barrier()
@@ -100,3 +106,13 @@ def test_bad_input_of_any_rank_is_all_that_is_told(
     ended_by_themselves(job.run(fault={})[0], failing, 2)
     told = [line for line in job.logs().splitlines() if line and not line.endswith("stopped by SIGTERM")]
     assert told == ["error: pairs.jsonl:17: found nonsense; expected a pair"]
+
+
+def test_of_bad_input_that_a_rank_meets_after_the_first_has_ended_nothing_more_is_told(
+    tool: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    """The first keeps the store here, where ranks would count how many have ended."""
+    late = [*arguments([0, 1], tmp_path / "run", foreseen=True), "+late=1"]
+    job = Job(zygote, tmp_path, str(tool), late, 2)
+    assert job.run(fault={})[0] == [2, 2]
+    assert job.logs().strip() == "error: pairs.jsonl:17: found nonsense; expected a pair"

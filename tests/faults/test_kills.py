@@ -114,6 +114,7 @@ def train_through(
         (1, False, at("in a tensor file", 5)),
         (1, True, at("after the sums", 2)),
         (2, False, at("before the sums", 2, rank=1)),
+        (2, True, at("beside a tensor file", 5, rank=1)),
         (2, True, at("after the manifest", 2)),
     ],
     ids=lambda value: value["point"].replace(" ", "-") if isinstance(value, dict) else str(value),

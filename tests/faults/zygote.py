@@ -1,6 +1,7 @@
 """A process that has imported everything, and forks the ranks of one job after the other: each begins in no time.
 
-Reads jobs from standard input, a JSON object a line, and answers with ``{"statuses": [...], "seconds": s}`` each:
+Reads jobs from standard input, a JSON object a line, and answers with ``{"statuses": [...], "seconds": s, "left":
+[...]}`` each, with the processes of a job, on Linux, that outlive its ranks by more than ten seconds; they are ended:
 
 - ``tool``, ``arguments``: what every rank runs.
 - ``ranks``: how many there are. What one rank finds in its environment is what ``torchrun`` gives it, and when one
@@ -14,6 +15,8 @@ Reads jobs from standard input, a JSON object a line, and answers with ``{"statu
 - ``grace``: seconds that ranks may take to end once they were asked to.
 """
 
+import contextlib
+import ctypes
 import json
 import os
 import runpy
@@ -24,11 +27,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _ROOT = Path(__file__).resolve().parents[2]
 _TOOLS = _ROOT / "tools"
+_OUTLIVE = 10.0
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def _import_all() -> None:
+    from ctpd_nemo.pipeline import quiet
+
+    quiet.before_imports()
     import datasets  # noqa: F401
     import lightning.pytorch  # noqa: F401
     from nemo.core.config import hydra_runner  # noqa: F401
@@ -124,7 +134,31 @@ def _is_due(fault: dict[str, Any], seconds: float) -> bool:
     return file.exists() and file.read_bytes().count(b"\n") >= fault["lines"]
 
 
+def _adopt_orphans() -> None:
+    """Have processes whose parents have died as children of this one."""
+    if sys.platform == "linux":
+        assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+
+
+def _end_orphans() -> list[str]:
+    """Wait for what the ranks have left; what does not end by itself."""
+    until = time.monotonic() + _OUTLIVE
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        left = psutil.Process().children(recursive=True)
+        if not left or time.monotonic() > until:
+            break
+        time.sleep(0.005)
+    told = [" ".join(process.cmdline()) or str(process) for process in left]
+    for process in left:
+        process.kill()
+    return told
+
+
 def main() -> None:
+    _adopt_orphans()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(_ROOT))
@@ -139,7 +173,7 @@ def main() -> None:
                 _run_rank(job, rank, port)
             pids.append(pid)
         statuses = _supervise(job, pids)
-        answer = {"statuses": statuses, "seconds": time.monotonic() - started}
+        answer = {"statuses": statuses, "seconds": time.monotonic() - started, "left": _end_orphans()}
         print(json.dumps(answer), file=answers, flush=True)
 
 
