@@ -8,6 +8,7 @@ being written, replaced, removed, or was found damaged, has another name until i
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from typing import Any
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.text_files import naming
+
+logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 _MANIFEST = "manifest.json"
@@ -79,12 +82,13 @@ def give_name(writing: Path, final: Path) -> None:
 
 
 def point_to_latest(final: Path) -> None:
-    """Make ``latest`` name a checkpoint.
-
-    Raises:
-        OSError: It cannot be written; it then names what it named before.
-    """
-    write_whole(final.with_name(LATEST), final.name + "\n")
+    """Make ``latest`` name a checkpoint; where it cannot be written, that is a warning, and it names what it did."""
+    latest = final.with_name(LATEST)
+    try:
+        if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != final.name:
+            write_whole(latest, final.name + "\n")
+    except OSError as error:
+        logger.warning("%s: not written: %s", latest, error)
 
 
 def write_whole(path: Path, text: str) -> None:

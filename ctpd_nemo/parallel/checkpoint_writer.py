@@ -10,7 +10,6 @@ until all ranks meet. That takes functions of Megatron-Core, 0.16.1 to 0.19.2, w
 import contextlib
 import functools
 import inspect
-import logging
 import multiprocessing
 import queue
 import secrets
@@ -30,8 +29,6 @@ from ctpd_nemo.parallel import checkpoint_files as files
 from ctpd_nemo.parallel.agreement import first_reason
 from ctpd_nemo.parallel.children import children_end_too, end_with_parent
 from ctpd_nemo.parallel.optimizer_state import SHARDING
-
-logger = logging.getLogger(__name__)
 
 # What went wrong on this rank since the last save began.
 _kept: list[str] = []
@@ -186,10 +183,7 @@ def _complete(writing: Path, final: Path) -> None:
     if reason is not None:
         raise SaveFailed(reason)
     if dist.get_rank() == 0:
-        try:
-            files.point_to_latest(final)
-        except OSError as error:
-            logger.warning("%s: not written: %s", final.with_name(files.LATEST), error)
+        files.point_to_latest(final)
 
 
 class _ResultsOfFork:

@@ -44,6 +44,11 @@ class Checkpointing(Callback):
         self._late = False
         self._stop = StopRequest()
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Remove what a process that was killed had no time to, even where no step is left to be done."""
+        if trainer.is_global_zero:
+            self._tidy(_read_values(self.folder))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Listen for SIGTERM and Ctrl-C.
 
@@ -169,7 +174,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was written, every byte of it; ``None`` where there is none at all.
 
     Every rank calls it together and reads a share of the files. A damaged one is told, loses its name, and gives way
-    to the one before.
+    to the one before. ``latest`` names the one that is found.
 
     Raises:
         InputError: There are checkpoints, and none of them is whole.
@@ -180,6 +185,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
         damage = files.find_damage(folder, part=rank, parts=ranks)
         found = first_reason(str(damage) if damage else None)
         if found is None:
+            on_rank_0(functools.partial(files.point_to_latest, folder))
             return folder
         aside = on_rank_0(functools.partial(files.set_aside, folder))
         logger.warning("a damaged checkpoint, now in %s: %s", aside, found)

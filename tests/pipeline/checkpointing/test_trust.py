@@ -28,6 +28,20 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
+# Kills
+
+
+def test_what_a_kill_left_undone_is_done_where_no_step_is_left(whole: Path, world: TinyWorld, tmp_path: Path) -> None:
+    """Between the name of the last checkpoint and ``latest``, and what was to go for it."""
+    run_dir = Path(shutil.copytree(whole, tmp_path / "run"))
+    latest = run_dir / "checkpoints/latest"
+    latest.write_text(step(STEPS - 1) + "\n")
+    assert run([*sft(world, run_dir), "trainer.keep_last=2"]).name == step(STEPS)
+    assert latest.read_text() == step(STEPS) + "\n"
+    assert names(run_dir) == [step(STEPS - 1), step(STEPS)]
+    assert rows(run_dir) == rows(whole)
+
+
 # Damage
 
 
