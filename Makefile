@@ -29,8 +29,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/shellcheck .ci/run docker/*.sh docker/slurm/*
 
+# Without constraints the packages that are there, as a container's own torch, are kept and seen.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(if $(CONSTRAINTS),,--system-site-packages) $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
 	@echo "installing into $(VENV): a few minutes, once"

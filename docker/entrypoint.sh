@@ -94,8 +94,6 @@ launch() { # tool, arguments
         options+=("--node-rank=$rank" "--master-addr=$address" "--master-port=$port")
         options+=("--rdzv-conf=timeout=$rendezvous_seconds")
     fi
-    # Before Blackwell, tensor parallelism needs its kernels to start in the order they were queued in (Megatron-Core).
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     become torchrun "${options[@]}" "$@"
 }
 

@@ -211,7 +211,7 @@ def _lay_out(
         reference_logprobs=torch.from_numpy(references),
         chosen=torch.from_numpy(first_response),
         rejected=torch.from_numpy(first_response + 1 if "rejected" in responses else first_response[:0]),
-        pair_index=torch.tensor([pair.index for pair in pairs], dtype=torch.int64),
+        pair_index=torch.from_numpy(np.array([pair.index for pair in pairs], dtype=np.int64)),
         max_seqlen=int(lengths.max()),
     )
 

@@ -77,5 +77,5 @@ def build_top_k(pairs: Sequence[EncodedPair], source: TopKSource) -> TopK:
     return TopK(
         torch.from_numpy(np.concatenate(tops)),
         torch.from_numpy(np.concatenate(tails)),
-        torch.tensor([len(tail) for tail in tails], dtype=torch.int64),
+        torch.from_numpy(np.array([len(tail) for tail in tails], dtype=np.int64)),
     )

@@ -52,7 +52,7 @@ class Projectors(nn.Module):
             for layer in (self.query, self.s2t, self.t2s):
                 bound = layer.in_features**-0.5
                 for parameter in (layer.weight, layer.bias):
-                    drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                    drawn = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
                     parameter.copy_(drawn)
 
 

@@ -16,6 +16,7 @@ The vocabulary lies in equal shares over the tensor-parallel group. Each rank fi
 its share; two all-reduces bring them together.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -130,10 +131,23 @@ def add_product(total_VH: Tensor, probs_CV: Tensor, scaled_CH: Tensor) -> None:
     """Add ``probs.T @ scaled`` to an fp32 total."""
     if scaled_CH.dtype == torch.float32:
         total_VH.addmm_(probs_CV.t(), scaled_CH)
-    elif total_VH.is_cuda:
+    elif total_VH.is_cuda and _adds_to_fp32(total_VH.device):
         torch.addmm(total_VH, probs_CV.t(), scaled_CH, out_dtype=torch.float32, out=total_VH)
+    elif total_VH.is_cuda:
+        total_VH += torch.mm(probs_CV.t(), scaled_CH, out_dtype=torch.float32)
     else:
         total_VH += torch.mm(probs_CV.t(), scaled_CH)
+
+
+@functools.cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether a product of bf16 can be added to an fp32 total as it is made; before pytorch#167931 it cannot."""
+    total, ones = torch.zeros(16, 16, device=device), torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def over_shares(

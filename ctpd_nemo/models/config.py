@@ -60,7 +60,7 @@ class TrainerConfig:
     epochs: int = 1
     max_steps: int | None = None
     validate_every: int = 0
-    checkpoint_every: int = 0
+    checkpoint_every: int = 500
     keep_last: int = 2
     keep_best: int = 0
     best_by: str = "val_loss"
@@ -140,8 +140,8 @@ class RunConfig:
         self.trainer.check()
         if self.trainer.keep_best and not self.data.validation:
             raise InputError("trainer.keep_best", f"{self.trainer.keep_best} without data.validation", "held-out pairs")
-        self.precision.check_device()
-        check_userbuffers(self.parallel)
+        self.precision.check_device(self.parallel.context)
+        check_userbuffers(self.parallel, self.precision, self.data.microbatch_tokens)
 
     def policy_side(self) -> SideConfig:
         """The model that is trained."""

@@ -49,7 +49,7 @@ class FrozenModel:
         Raises:
             InputError: The folder cannot be used.
         """
-        self.architecture = read_architecture(path)
+        self.architecture, precision = read_architecture(path), precision.of_frozen()
         with torch.no_grad():  # Transformer Engine then keeps no copy of FP8 weights for a backward pass
             self.chunks = build_gpt(self.architecture, parallel, precision, frozen=True)
         load_hf_weights(self.chunks, path, self.architecture)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +110,19 @@ _current: dict[str, dict[str, Any]] = {}
 
 def _destroy_groups() -> None:
     """Free the groups of an earlier layout, which Megatron-Core 0.16.1 only forgets: each holds threads or buffers."""
+    _forget_fp8_scales()
     groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
     parallel_state.destroy_model_parallel()
     for group in groups:
         dist.destroy_process_group(group)
+
+
+def _forget_fp8_scales() -> None:
+    """Have Transformer Engine forget models that are gone: it goes on reducing their delayed scales over old groups."""
+    # Without FP8 it is not imported, and need not be.
+    engine = sys.modules.get("transformer_engine.pytorch.quantization")
+    if engine is not None:
+        engine.FP8GlobalStateManager.reset()
 
 
 def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
@@ -146,7 +156,8 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     }
     if _current.get("sizes") != sizes:
         _destroy_groups()
-        parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=not on_cpu)
+        # Gloo groups beside NCCL's serve ways of saving that are not used here.
+        parallel_state.initialize_model_parallel(**sizes, create_gloo_process_groups=False)
         _current["sizes"] = sizes
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

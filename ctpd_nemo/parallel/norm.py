@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from ctpd_nemo.parallel.layout import local_device
+
 
 class RMSNorm(torch.nn.RMSNorm):
     """``torch.nn.RMSNorm`` with the constructor that Megatron-Core's layer specs call.
@@ -17,5 +19,5 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=local_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -133,9 +133,7 @@ def build_optimizer(
         # Groups of a checkpoint are found again by their multipliers and by this mark; rates tell none apart.
         overrides[ParamKey(name=pattern)] = ParamGroupOverride(**own)  # type: ignore[typeddict-item]
     with cuda_type_names():
-        optimizer = get_megatron_optimizer(
-            megatron_config, chunks, overrides, use_gloo_process_groups=torch.cuda.is_available()
-        )
+        optimizer = get_megatron_optimizer(megatron_config, chunks, overrides, use_gloo_process_groups=False)
     if config.bf16:
         config.grad_scale_func = optimizer.scale_loss
     scheduler = OptimizerParamScheduler(

@@ -1,6 +1,6 @@
 """Number formats: weights and activations in fp32 or bf16, matrix products in FP8 through Transformer Engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ class PrecisionConfig:
     Attributes:
         dtype: Weights and activations: "fp32" or "bf16".
         fp8: Recipe of the matrix products in the transformer layers: "delayed" (a scale a tensor, from the largest
-            values of past steps), "current" (from this one), "blockwise" (a scale a block, Hopper) or "mxfp8" (a scale
-            every 32 values, Blackwell); ``None`` for none. Embedding, norms, attention and output layer stay in bf16.
+            values of past steps; frozen models take "current", as they have no steps), "current" (from this one),
+            "blockwise" (a scale a block, Hopper) or "mxfp8" (a scale every 32 values, Blackwell); ``None`` for none.
+            Embedding, norms, attention and output layer stay in bf16.
         fp8_format: "hybrid" (E4M3 forward, E5M2 for gradients) or "e4m3" for both.
         amax_history: Steps that "delayed" looks back.
         bf16_first_layers: Layers at the beginning of the model whose products stay in bf16; not with "delayed".
@@ -78,6 +79,14 @@ class PrecisionConfig:
             raise InputError("precision.dtype", repr(self.dtype), " or ".join(dtypes))
         return dtypes[self.dtype]
 
+    def of_frozen(self) -> "PrecisionConfig":
+        """Of a model that only ever runs forward.
+
+        Transformer Engine takes the largest values of past steps into a scale where there are gradients alone: without,
+        a delayed scale would stay at 1 for ever, and clip (``FP8GlobalStateManager``, 2.9 to 2.17).
+        """
+        return replace(self, fp8="current") if self.fp8 == "delayed" else self
+
     def check(self) -> None:
         """Stop with an ``InputError`` where values do not go together; needs no GPU."""
         self.torch_dtype()
@@ -101,8 +110,11 @@ class PrecisionConfig:
             if layers and self.fp8 == "delayed":
                 raise InputError(f"precision.{name}", f"{layers} with fp8 delayed", "0, or another recipe")
 
-    def check_device(self) -> None:
-        """Stop with an ``InputError`` where this machine cannot compute in these formats."""
+    def check_device(self, context: int = 1) -> None:
+        """Stop with an ``InputError`` where this machine cannot compute in these formats, in ``context`` shares."""
+        if self.dtype == "fp32" and context > 1 and transformer_engine_available():
+            # Its fused attention has no fp32, and its other one no context parallelism.
+            raise InputError("precision.dtype", f"fp32 with parallel.context {context} on a GPU", "bf16, or context 1")
         if self.fp8 is None:
             return
         if not transformer_engine_available():
@@ -115,6 +127,9 @@ class PrecisionConfig:
                 f"{self.fp8} on compute capability {found[0]}.{found[1]}",
                 f"{needed[0]}.{needed[1]} or later",
             )
+        cuda = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
+        if self.fp8 == "blockwise" and cuda < (12, 9):
+            raise InputError("precision.fp8", f"blockwise on CUDA {torch.version.cuda}", "CUDA 12.9 or later")
 
     def check_width(self, what: str, width: int, shares: int) -> None:
         """Stop with an ``InputError`` where FP8 products cannot have a rank's share of a width."""

@@ -1,6 +1,7 @@
 """The Lightning strategy that leaves models, gradients and checkpoints to Megatron-Core."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +62,11 @@ class MegatronStrategy(DDPStrategy):
         """Build the process groups; called by Lightning before ``configure_model``."""
         self.set_world_ranks()
         initialize(self.parallel, self.seed)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Nothing: models name their devices. Lightning would have all else that is made meanwhile on the GPU too."""
+        yield
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Set up optimizers; model and data-parallel wrapper are there since ``configure_model``."""

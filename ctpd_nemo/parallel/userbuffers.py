@@ -9,13 +9,30 @@ from ctpd_nemo.parallel.layers import transformer_engine_available
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.precision import PrecisionConfig
 
+# What a rank's tokens must be a multiple of where they are gathered with their scales.
+_MXFP8_TOKENS = 128
 # The shape that buffers are there for; like the buffers, one for the process.
 _current: dict[str, tuple[int, int, int, str | None]] = {}
 
 
-def check_userbuffers(parallel: ParallelConfig) -> None:
-    """Stop with an ``InputError`` where a layout asks for buffers that this machine cannot have."""
-    if parallel.overlap_tensor and not transformer_engine_available():
+def check_userbuffers(parallel: ParallelConfig, precision: PrecisionConfig, num_tokens: int) -> None:
+    """Stop with an ``InputError`` where a layout asks for buffers that this machine or recipe cannot have.
+
+    Args:
+        parallel: The layout.
+        precision: Number formats of the products.
+        num_tokens: Tokens of every microbatch, padding included.
+    """
+    if not parallel.overlap_tensor:
+        return
+    # ``fill_userbuffers_buffer_for_all_gather`` of Transformer Engine 2.11.
+    if precision.fp8 == "blockwise":
+        raise InputError("parallel.overlap_tensor", "true with precision.fp8 blockwise", "another recipe, or false")
+    shares = parallel.token_shares()
+    if precision.fp8 == "mxfp8" and num_tokens % (_MXFP8_TOKENS * shares):
+        found = f"{num_tokens} with parallel.overlap_tensor, mxfp8 and {shares} shares"
+        raise InputError("data.microbatch_tokens", found, f"a multiple of {_MXFP8_TOKENS * shares}")
+    if not transformer_engine_available():
         raise InputError("parallel.overlap_tensor", "true without them", "GPUs and Transformer Engine")
 
 
@@ -31,11 +48,11 @@ def prepare_userbuffers(
         hidden_size: Width of the model.
 
     Raises:
-        InputError: The machine has no Transformer Engine, or there are buffers of another shape in use.
+        InputError: See ``check_userbuffers``.
     """
     if not parallel.overlap_tensor:
         return
-    check_userbuffers(parallel)
+    check_userbuffers(parallel, precision, num_tokens)
     from transformer_engine.pytorch.module import base as engine
 
     wanted = (num_tokens // parallel.context, hidden_size, parallel.tensor, precision.fp8)

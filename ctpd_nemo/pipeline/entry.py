@@ -50,6 +50,9 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
         def main() -> None:
             stop_at_once(0 if config_name in _GO_ON else 128 + signal.SIGTERM)
             quiet.before_imports()
+            # Before Blackwell, what overlaps with communication needs kernels to start in the order they were queued in
+            # (Megatron-Core); CUDA reads it once.
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
             _log_to_terminal()
             import torch.distributed as dist
             from nemo.core.config import hydra_runner

@@ -64,7 +64,7 @@ def score(run: RunConfig) -> Path:
         check_model(folder, data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
     watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
-    prints, weights = score_fingerprints(data, run.precision.name), weights_fingerprints(folders)
+    prints, weights = score_fingerprints(data, run.precision.of_frozen().name), weights_fingerprints(folders)
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
     top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
     on_rank_0(writer.begin)

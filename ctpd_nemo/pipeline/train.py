@@ -125,7 +125,7 @@ def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
     second = getattr(method, "student_scores", None)
     return ScoreReader(
         method.scores,
-        score_fingerprints(data, method.scoring_precision or run.precision.name),
+        score_fingerprints(data, method.scoring_precision or run.precision.of_frozen().name),
         weights_fingerprints({role: folder for role, folder in folders.items() if folder}),
         weighted,
         run.seed,
@@ -138,7 +138,7 @@ def _open_top_k(run: RunConfig, data: RunData) -> TopKReader:
     teacher = run.model.teacher.path
     return TopKReader(
         run.method.scores,
-        score_fingerprints(data, run.method.scoring_precision or run.precision.name),
+        score_fingerprints(data, run.method.scoring_precision or run.precision.of_frozen().name),
         weights_fingerprints({"reference": teacher})["reference"] if teacher else None,
     )
 

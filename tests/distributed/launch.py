@@ -29,6 +29,7 @@ def launch(processes: int, jobs_file: Path, timeout: float = 600.0, devices: str
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONFAULTHANDLER": "1"}
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if devices == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     log = jobs_file.with_suffix(".log")

@@ -62,8 +62,9 @@ def in_bf16(world: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_ctpd_learns(in_bf16: list[float]) -> None:
+    """The second time that it sees the same pairs, half of the steps, it does better on them."""
     assert len(in_bf16) == STEPS
-    assert in_bf16[-1] < in_bf16[0]
+    assert sum(in_bf16[STEPS // 2 :]) < sum(in_bf16[: STEPS // 2])
 
 
 def test_ctpd_under_fp8_follows_bf16(

@@ -1,8 +1,11 @@
 """FP8 recipes as configuration: what they mean to Megatron-Core, and what is refused before a GPU is asked."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from megatron.core.enums import Fp8Recipe
 from transformers import LlamaConfig
@@ -10,8 +13,10 @@ from transformers import LlamaConfig
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.gpt import build_gpt, transformer_config
+from ctpd_nemo.parallel import precision as precisions
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.parallel.precision import PrecisionConfig
+from ctpd_nemo.parallel.userbuffers import check_userbuffers
 from ctpd_nemo.pipeline.config import typed
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -64,6 +69,14 @@ def test_first_and_last_layers_stay_in_bf16_where_asked(folder: Path) -> None:
     assert precision.name == "fp8_current bf16 layers 1+2"
 
 
+def test_frozen_models_take_no_scales_of_past_steps() -> None:
+    """Without gradients there is no step that would change them."""
+    delayed = chosen("fp8_delayed", "precision.fp8_frozen_weights=true")
+    frozen = delayed.of_frozen()
+    assert (frozen.fp8, frozen.fp8_frozen_weights, frozen.name) == ("current", True, "fp8_current")
+    assert all(chosen(name).of_frozen() == chosen(name) for name in RECIPES if name != "fp8_delayed")
+
+
 def test_only_frozen_models_hold_fp8_weights(folder: Path) -> None:
     precision = chosen("fp8_current", "precision.fp8_frozen_weights=true")
     architecture = read_architecture(folder)
@@ -106,3 +119,36 @@ def test_fp8_without_a_gpu_stops_before_a_model_is_built(folder: Path) -> None:
     initialize(ParallelConfig())
     with pytest.raises(InputError, match="a GPU and Transformer Engine"):
         build_gpt(read_architecture(folder), ParallelConfig(), PrecisionConfig(fp8="current"))
+
+
+OVERLAPPED = ParallelConfig(tensor=2, sequence=True, context=2, overlap_tensor=True)
+
+
+def test_userbuffers_are_refused_with_recipes_that_they_cannot_gather() -> None:
+    with pytest.raises(InputError) as blockwise:
+        check_userbuffers(OVERLAPPED, chosen("fp8_blockwise"), 4096)
+    assert (blockwise.value.place, blockwise.value.found) == (
+        "parallel.overlap_tensor",
+        "true with precision.fp8 blockwise",
+    )
+    with pytest.raises(InputError) as uneven:
+        check_userbuffers(OVERLAPPED, chosen("mxfp8"), 4096 + 256)
+    assert (uneven.value.place, uneven.value.expected) == ("data.microbatch_tokens", "a multiple of 512")
+
+
+def test_fp32_on_a_gpu_is_refused_with_context_parallelism(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen("fp32").check_device(context=2)
+    monkeypatch.setattr(precisions, "transformer_engine_available", lambda: True)
+    chosen("fp32").check_device(context=1)
+    with pytest.raises(InputError, match=re.escape("fp32 with parallel.context 2 on a GPU")):
+        chosen("fp32").check_device(context=2)
+
+
+@pytest.mark.parametrize(("cuda", "refused"), [("12.8", True), ("12.9", False), ("13.0", False)])
+def test_block_scaling_asks_for_its_cuda(monkeypatch: pytest.MonkeyPatch, cuda: str, refused: bool) -> None:
+    monkeypatch.setattr(precisions, "transformer_engine_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    context = pytest.raises(InputError, match=re.escape("12.9 or later")) if refused else contextlib.nullcontext()
+    with context:
+        chosen("fp8_blockwise").check_device()
