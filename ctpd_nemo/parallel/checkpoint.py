@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
@@ -154,7 +156,12 @@ def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: Lightn
         if saved.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
     with reading(folder):
-        loaded = dist_checkpointing.load(sharded, str(folder))
+        # Of what data-parallel replicas ask for alike, each reads a share and gives it to the others.
+        strategy = FullyParallelLoadStrategyWrapper(
+            get_default_load_sharded_strategy(str(folder)),
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+        )
+        loaded = dist_checkpointing.load(sharded, str(folder), strategy)
     for name, model in _models(chunks).items():
         model.load_state_dict(loaded[name])
     if optimizer is not None:

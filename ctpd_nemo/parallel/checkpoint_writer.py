@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async
+from megatron.core.dist_checkpointing.strategies import async_utils, common, filesystem_async, fully_parallel
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.parallel import checkpoint_files as files
@@ -147,7 +147,14 @@ def _request(state: dict[str, Any], writing: Path, in_background: bool) -> async
     filesystem_async._results_queue = _ResultsOfFork() if in_background else queue.Queue()
     parameters = inspect.signature(dist_checkpointing.save).parameters
     way = {"async_strategy": "mcore"} if "async_strategy" in parameters else {}
-    request = dist_checkpointing.save(state, str(writing), async_sharded_save=True, content_metadata=SHARDING, **way)
+    # What data-parallel replicas hold alike, each writes and sums a share of.
+    strategy = fully_parallel.FullyParallelSaveStrategyWrapper(
+        serialization.get_default_save_sharded_strategy(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    request = dist_checkpointing.save(
+        state, str(writing), strategy, async_sharded_save=True, content_metadata=SHARDING, **way
+    )
     assert request is not None
     if request.async_fn is None:
         return request

@@ -15,7 +15,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import LEFT_OUT
 from ctpd_nemo.models.config import TrainerConfig
 from ctpd_nemo.parallel import checkpoint_files as files
-from ctpd_nemo.parallel.agreement import any_rank, first_reason
+from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.parallel.checkpoint_writer import SaveFailed
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.stopping import Stopped, StopRequest, stopped
@@ -180,19 +180,25 @@ def newest_whole(checkpoints: Path) -> Path | None:
         InputError: There are checkpoints, and none of them is whole.
     """
     named = on_rank_0(lambda: _named(checkpoints))
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     for folder in reversed(named):
-        damage = files.find_damage(folder, part=rank, parts=ranks)
-        found = first_reason(str(damage) if damage else None)
-        if found is None:
+        damage = find_damage_together(folder)
+        if damage is None:
             on_rank_0(functools.partial(files.point_to_latest, folder))
             return folder
         aside = on_rank_0(functools.partial(files.set_aside, folder))
-        logger.warning("a damaged checkpoint, now in %s: %s", aside, found)
+        logger.warning("a damaged checkpoint, now in %s: %s", aside, damage)
     if named:
         expected = "a whole one; remove them, or give another run_dir, to begin anew"
         raise InputError(str(checkpoints), f"{len(named)} damaged checkpoints", expected)
     return None
+
+
+def find_damage_together(checkpoint: Path) -> InputError | None:
+    """What is wrong with a checkpoint, on every rank; each reads a share of its files, and all call it together."""
+    ranks = dist.get_world_size()
+    found: list[InputError | None] = [None] * ranks
+    dist.all_gather_object(found, files.find_damage(checkpoint, part=dist.get_rank(), parts=ranks))
+    return next((damage for damage in found if damage is not None), None)
 
 
 def _named(checkpoints: Path) -> list[Path]:

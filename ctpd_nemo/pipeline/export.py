@@ -15,7 +15,8 @@ from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
-from ctpd_nemo.pipeline.rank_zero import on_rank_0_however_long
+from ctpd_nemo.pipeline.checkpointing import find_damage_together
+from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
 
 
 @dataclass
@@ -45,7 +46,8 @@ def export(config: ExportConfig) -> Path:
 
     def write() -> None:
         whole = resolve(checkpoint)
-        check_is_checkpoint(whole, sums=True)
+        # Else the ranks have shared the reading.
+        check_is_checkpoint(whole, sums=not dist.is_initialized())
         record = _record(whole, reference)
         name = model_name(folder)
 
@@ -55,6 +57,9 @@ def export(config: ExportConfig) -> Path:
         export_hf(folder, reference, CheckpointTensors(whole), finish=card)
 
     if dist.is_initialized():
+        damage = find_damage_together(on_rank_0(lambda: resolve(checkpoint)))
+        if damage is not None:
+            raise damage
         on_rank_0_however_long(write)
     # By itself this job needs no process groups: under torchrun its other processes have nothing to do.
     elif os.environ.get("RANK", "0") == "0":

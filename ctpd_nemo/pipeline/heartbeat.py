@@ -21,7 +21,7 @@ from megatron.core import parallel_state
 
 from ctpd_nemo.parallel.checkpoint_files import LATEST
 from ctpd_nemo.pipeline.pace import Clock, Pace
-from ctpd_nemo.pipeline.stopping import INTERRUPTED, Stopped
+from ctpd_nemo.pipeline.stopping import INTERRUPTED, TERMINATED, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Heartbeat(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
         """Tell why the job ends."""
-        stopped = isinstance(exception, Stopped) and exception.code in (0, INTERRUPTED)
+        stopped = isinstance(exception, Stopped) and exception.code in (0, INTERRUPTED, TERMINATED)
         stopped |= isinstance(exception, KeyboardInterrupt)
         if trainer.is_global_zero:
             why = {} if stopped else {"error": f"{type(exception).__name__}: {exception}"[:1000]}

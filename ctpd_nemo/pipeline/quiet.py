@@ -55,6 +55,8 @@ def after_imports() -> None:
     # NeMo's telemetry counts on one training a process, and writes its complaints to the working folder.
     OneLoggerProvider.instance().force_disable_logging()
     nemo_logging.setLevel(logging.ERROR)
+    # An error of its own, of torchrun on several nodes: "this is not tested in NeMo".
+    logging.getLogger("nemo_logger").addFilter(lambda record: "without SLURM" not in record.getMessage())
     transformers_logging.set_verbosity_error()
     # A bar for every read and write of a few tensors.
     transformers_logging.disable_progress_bar()

@@ -30,7 +30,7 @@ from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
-from ctpd_nemo.pipeline.rank_zero import on_rank_0
+from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
 from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
@@ -94,7 +94,8 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
             continue
         run = stage_config(config, stage, results)
         sources = {key: fingerprints[source] for key, source in inputs.items()}
-        fingerprint = on_rank_0(functools.partial(stage_fingerprint, run, stage, sources))
+        # Of weights, too: a hundred gigabytes and more.
+        fingerprint = on_rank_0_however_long(functools.partial(stage_fingerprint, run, stage, sources))
         fingerprints[stage.name] = fingerprint
         said = {key: settings[source] for key, source in inputs.items()}
         settings[stage.name] = settings_fingerprint(run, stage, said)

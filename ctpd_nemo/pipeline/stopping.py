@@ -6,14 +6,15 @@ import threading
 from types import FrameType
 from typing import Any
 
-# What a shell expects of a command that Ctrl-C has ended, and begins no next one after.
+# What a shell expects of a command that Ctrl-C has ended, and begins no next one after; and of one that SIGTERM has.
 INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Stopped(SystemExit):
     """The job was asked to stop and has; started again, it goes on from here.
 
-    The process ends with status 0 after SIGTERM, and with 130 after Ctrl-C.
+    The process ends with status 0 after SIGTERM, with 143 where the job has more nodes, and with 130 after Ctrl-C.
     """
 
     def __init__(self, message: str = "stopped by SIGTERM", status: int = 0) -> None:
@@ -23,7 +24,12 @@ class Stopped(SystemExit):
 
 def stopped(where: str, interrupted: bool) -> Stopped:
     """The end of a job that has come to a point that it can go on from."""
-    return Stopped(f"stopped by Ctrl-C {where}", INTERRUPTED) if interrupted else Stopped(f"stopped by SIGTERM {where}")
+    if interrupted:
+        return Stopped(f"stopped by Ctrl-C {where}", INTERRUPTED)
+    # All nodes stop where one is told to. The torchrun of another, which was told nothing, would take 0 for done, and
+    # so would whoever is to start its part again.
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return Stopped(f"stopped by SIGTERM {where}", 0 if alone else TERMINATED)
 
 
 def stop_at_once(status: int) -> None:

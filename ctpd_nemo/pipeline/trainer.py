@@ -48,6 +48,8 @@ def build_trainer(
         enable_model_summary=False,
         enable_progress_bar=sys.stderr.isatty(),  # ours, see below
         use_distributed_sampler=False,
+        # Lightning would take this mode with NCCL alone.
+        inference_mode=False,
         callbacks=[Places(), *callbacks, WandbRun(), *_progress(run)],
     )
     exp_manager(

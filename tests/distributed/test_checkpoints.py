@@ -38,6 +38,12 @@ def test_a_run_that_is_cut_off_leaves_one_whole_checkpoint_and_nothing_else(name
     assert find_checkpoints(checkpoints)
 
 
+def test_replicas_share_the_writing_of_a_checkpoint(resume: Path) -> None:
+    checkpoint = resume / "dp2-whole" / "checkpoints" / f"step-{STEPS:08d}"
+    written = [sum(path.stat().st_size for path in checkpoint.glob(f"__{rank}_*.distcp")) for rank in range(2)]
+    assert min(written) > max(written) / 2
+
+
 @pytest.mark.parametrize(("source", "target"), AGAIN)
 def test_resume_continues_bit_for_bit(source: str, target: str, resume: Path) -> None:
     whole, again = read(resume / f"{source}-whole"), read(resume / target)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from ctpd_nemo.pipeline.stopping import INTERRUPTED, Stopped, StopRequest, stop_at_once
+from ctpd_nemo.pipeline.stopping import INTERRUPTED, TERMINATED, Stopped, StopRequest, stop_at_once, stopped
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,18 @@ def test_sigterm_is_no_ctrl_c() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert request.received
     assert not request.interrupted
+
+
+@pytest.mark.parametrize(("ranks", "of_node", "status"), [(None, None, 0), ("2", "2", 0), ("4", "2", TERMINATED)])
+def test_sigterm_ends_with_status_0_where_no_other_node_has_to_be_told(
+    monkeypatch: pytest.MonkeyPatch, ranks: str | None, of_node: str | None, status: int
+) -> None:
+    for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", of_node)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert stopped("at step 1", interrupted=False).code == status
+    assert stopped("at step 1", interrupted=True).code == INTERRUPTED
 
 
 def test_ctrl_c_before_a_job_listens_ends_it_where_it_is() -> None:
