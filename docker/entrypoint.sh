@@ -12,8 +12,9 @@
 #   MASTER_PORT     a free port of node 0; else one by Slurm's job number, or 29500
 set -euo pipefail
 
-# How long a node waits for the others: pulling a large image takes one node longer than another.
-readonly rendezvous_seconds=1800
+# How long a node waits for the others: pulling a large image takes one node longer than another. Where one was lost,
+# the ranks of the others may wait for parallel.timeout_minutes=30 and a minute more before they end and join again.
+readonly rendezvous_seconds=2700
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -94,6 +95,8 @@ launch() { # tool, arguments
         options+=("--node-rank=$rank" "--master-addr=$address" "--master-port=$port")
         options+=("--rdzv-conf=timeout=$rendezvous_seconds")
     fi
+    # Node 0's torchrun holds two connections a rank: a soft limit of 1,024 files would end at some 500 ranks.
+    ulimit -n "$(ulimit -Hn)" 2>/dev/null || true
     become torchrun "${options[@]}" "$@"
 }
 

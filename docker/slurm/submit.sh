@@ -11,10 +11,14 @@
 # A job waits for the jobs that make what its stages build on, and begins when they have succeeded; others run side by
 # side. What no job here makes must be complete in run_dir.
 #
-#   CTPD_IMAGE   a container image for Pyxis; without it the jobs run in this checkout's own environment
-#   CTPD_MOUNTS  folders the container sees, as Pyxis takes them; else the folder this is called in
+#   CTPD_IMAGE    a container image for Pyxis; without it the jobs run in this checkout's own environment
+#   CTPD_MOUNTS   folders the container sees, as Pyxis takes them; else the folder this is called in
+#   CTPD_RETRIES  how often a job goes back into the queue after failures, each time only if it got on in that turn: 3
+#                 unless set, 0 for never. It looks for new checkpoints and shards in run_dir, so that must be the same
+#                 path outside a container. Not given here, it is that of this checkout's conf/experiment.
 #
 # Account, partition and time limit are Slurm's own variables: SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT, ...
+# Jobs are asked to stop 15 minutes before their time is up.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -63,6 +67,7 @@ done
 shift || true # the --, where there is one
 
 # Everything is looked at before anything is submitted.
+[[ ${CTPD_RETRIES:-3} =~ ^(0|[1-9][0-9]{0,8})$ ]] || refuse CTPD_RETRIES "$CTPD_RETRIES" "a number of times"
 readonly name='[a-z_]+(-[a-z0-9_]+)?'
 declare -A stands=() # stage -> place of its job on the command line, from 1
 for index in "${!jobs[@]}"; do

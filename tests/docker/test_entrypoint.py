@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.pipeline import quiet
 from tests.docker.stubs import ROOT, Stubs, without_a_job
 from tests.pipeline.recipe import SMALL_BATCHES, small_world
@@ -73,8 +74,23 @@ def test_many_nodes_meet_at_node_0(
         f"--node-rank={rank}",
         f"--master-addr={address}",
         f"--master-port={port}",
-        "--rdzv-conf=timeout=1800",
+        "--rdzv-conf=timeout=2700",
     ]
+
+
+def test_a_node_waits_for_the_others_longer_than_their_ranks_for_one_that_is_gone(stubs: Stubs) -> None:
+    (timeout,) = [option for option in torchrun_options(stubs, **SLURM) if option.startswith("--rdzv-conf=timeout=")]
+    minutes = ParallelConfig().timeout_minutes + 1
+    assert int(timeout.rpartition("=")[2]) > 60 * minutes
+
+
+@pytest.mark.parametrize("soft", [64, 1024])
+def test_torchrun_may_open_as_many_files_as_the_hard_limit_allows(stubs: Stubs, soft: int) -> None:
+    stubs.add("torchrun", "ulimit -Sn; ulimit -Hn")
+    script = f'ulimit -n 2048; ulimit -Sn {soft}; exec "{ROOT / ENTRYPOINT}" train'
+    environment = stubs.environment | {"NPROC_PER_NODE": "1"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("2048\n2048\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The Kubernetes job is valid, and its parts name each other right."""
 
+import re
 from typing import Any
 
 import kubernetes_validate
@@ -60,3 +61,26 @@ def test_the_container_is_not_root_and_its_volumes_are_there(pod: dict[str, Any]
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     assert "WORKDIR /job\n" in dockerfile
     assert "persistentVolumeClaim" in mounts["/job"]
+
+
+def test_the_tools_have_time_to_stop(pod: dict[str, Any]) -> None:
+    """torchrun kills its processes sooner than Kubernetes the pod."""
+    values = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+    assert 600 <= int(values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) <= pod["terminationGracePeriodSeconds"] - 60
+
+
+def test_pods_that_are_evicted_do_not_use_up_the_jobs_failures(
+    resources: dict[str, dict[str, Any]], pod: dict[str, Any]
+) -> None:
+    job = resources["Job"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert pod["restartPolicy"] == "Never"  # which the policy needs
+    assert job["backoffLimit"] >= 8 * job["completions"]
+
+
+def test_a_checkpoint_fits_in_the_memory_of_a_node(pod: dict[str, Any]) -> None:
+    """Of each of 8 ranks 12 bytes a parameter of a quarter of 14.8 billion, and as much again for the rest."""
+    size = re.fullmatch(r"(\d+)Gi", pod["containers"][0]["resources"]["requests"]["memory"])
+    assert size is not None
+    assert int(size[1]) * 2**30 > 2 * 8 * 12 * 14.8e9 / 4

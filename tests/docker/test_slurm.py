@@ -1,5 +1,6 @@
 """The pipeline as Slurm jobs: which wait for which, what each runs, and how one goes back into the queue."""
 
+import os
 import re
 import shutil
 import signal
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from ctpd_nemo.pipeline.recipe import STAGES
 from tests.docker.stubs import ROOT, Stubs
@@ -99,6 +101,16 @@ def test_a_chain_that_cannot_be_is_refused_before_anything_is_submitted(
     assert stubs.calls() == []
 
 
+@pytest.mark.parametrize("retries", ["-1", "03", "a[$(touch made)]"])
+def test_a_number_of_retries_that_is_none_is_refused(stubs: Stubs, retries: str) -> None:
+    stubs.add("sbatch", SBATCH)
+    done = stubs.run(SUBMIT, "score:1", CTPD_RETRIES=retries)
+    assert done.returncode == 2
+    assert done.stderr == f"error: CTPD_RETRIES: found {retries}; expected a number of times\n"
+    assert stubs.calls() == []
+    assert not (stubs.folder / "made").exists()
+
+
 def test_a_submission_that_slurm_refuses_ends_the_chain(stubs: Stubs) -> None:
     stubs.add("sbatch", "exit 1")
     assert stubs.run(SUBMIT, "score:1", "ctpd:1").returncode == 1
@@ -146,6 +158,93 @@ def test_before_its_time_is_up_a_job_stops_its_tools_and_goes_back_into_the_queu
     assert stubs.calls()[1:] == ([asked, ["scontrol", "requeue", "77"]] if requeued else [asked])
 
 
+LATEST, SHARD = "runs/a/score/checkpoints/latest", "runs/a/score/cache/reference-00001.parquet"
+OF_RUN_A = ("run_dir=runs/a", "only=[sft_student,score]")
+
+
+def fails(stubs: Stubs, *arguments: str, writes: str = "", status: int = 7, **environment: str) -> int:
+    """What a job ends with whose step fails, after writing a file; ``scontrol`` and ``squeue`` note their calls."""
+    if not (stubs.folder / "squeue").exists():
+        stubs.add("squeue", "echo RUNNING")
+    stubs.add("srun", f'[[ ! "{writes}" ]] || {{ mkdir -p "$(dirname "{writes}")"; : > "{writes}"; }}; exit {status}')
+    stubs.add("scontrol")
+    with stubs.start(JOB, *arguments, **JOB_VARIABLES, **environment) as job:
+        return job.wait(30)
+
+
+def requeues(stubs: Stubs) -> int:
+    return stubs.calls().count(["scontrol", "requeue", "77"])
+
+
+@pytest.mark.parametrize("written", [LATEST, SHARD])
+def test_a_job_that_fails_after_it_got_on_goes_back_into_the_queue(stubs: Stubs, written: str) -> None:
+    assert fails(stubs, *OF_RUN_A, writes=written) == 143
+    assert requeues(stubs) == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "status"),
+    [
+        ("", 7),
+        (LATEST, 0),
+        # Of another stage; of another run; no sign of work that need not be done again.
+        ("runs/a/sft_teacher/checkpoints/latest", 7),
+        ("runs/b/score/checkpoints/latest", 7),
+        ("runs/a/score/stage.json", 7),
+        ("runs/a/score/logs/error-rank-0.txt", 7),
+    ],
+)
+def test_a_job_that_did_not_get_on_ends_as_its_step(stubs: Stubs, written: str, status: int) -> None:
+    assert fails(stubs, *OF_RUN_A, writes=written, status=status) == status
+    assert requeues(stubs) == 0
+
+
+def test_what_an_earlier_turn_wrote_does_not_count(stubs: Stubs) -> None:
+    for name in (LATEST, SHARD):
+        path = stubs.folder / name
+        path.parent.mkdir(parents=True)
+        path.touch()
+        os.utime(path, (time.time() - 60,) * 2)
+    assert fails(stubs, *OF_RUN_A) == 7
+    assert requeues(stubs) == 0
+
+
+@pytest.mark.parametrize(("environment", "turns"), [({}, 3), ({"CTPD_RETRIES": "1"}, 1), ({"CTPD_RETRIES": "0"}, 0)])
+def test_failures_send_a_job_back_so_many_times_whatever_its_other_turns(
+    stubs: Stubs, environment: dict[str, str], turns: int
+) -> None:
+    again = environment | {"SLURM_RESTART_COUNT": "40"}
+    ends = [fails(stubs, *OF_RUN_A, writes=LATEST, **again) for _ in range(turns + 1)]
+    assert ends == [143] * turns + [7]
+    assert requeues(stubs) == turns
+
+
+def test_a_job_that_was_cancelled_does_not_come_back(stubs: Stubs) -> None:
+    stubs.add("squeue", "echo COMPLETING")
+    assert fails(stubs, *OF_RUN_A, writes=LATEST) == 7
+    assert requeues(stubs) == 0
+
+
+def test_a_request_that_slurm_refuses_leaves_the_status_of_the_step(stubs: Stubs) -> None:
+    stubs.add("srun", f"mkdir -p $(dirname {LATEST}); : > {LATEST}; exit 7")
+    stubs.add("scontrol", "exit 1")
+    with stubs.start(JOB, *OF_RUN_A, **JOB_VARIABLES) as job:
+        assert job.wait(30) == 7
+
+
+@pytest.mark.parametrize("experiment", [None, *sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))])
+def test_the_run_folder_is_the_one_that_the_tools_write(stubs: Stubs, experiment: str | None) -> None:
+    values = [f"experiment={experiment}"] if experiment else []
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        folder = compose("pipeline", values).run_dir
+    assert fails(stubs, *values, "only=[ctpd-random]", writes=f"{folder}/ctpd-random/checkpoints/latest") == 143
+
+
+def test_a_run_folder_may_be_quoted_for_hydra(stubs: Stubs) -> None:
+    values = [r"run_dir='runs/it\'s, a=b'", "only=[ctpd]"]
+    assert fails(stubs, *values, writes="runs/it's, a=b/ctpd/checkpoints/latest") == 143
+
+
 def test_a_job_that_was_not_submitted_by_the_script_says_so(stubs: Stubs) -> None:
     stubs.add("srun")
     done = stubs.run(JOB)
@@ -154,11 +253,25 @@ def test_a_job_that_was_not_submitted_by_the_script_says_so(stubs: Stubs) -> Non
     assert stubs.calls() == []
 
 
-def test_slurm_leaves_the_tools_time_to_stop(stubs: Stubs) -> None:
-    """The batch shell alone is warned, and passes it on; torchrun gives its processes 30 seconds."""
-    options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / JOB).read_text(), re.MULTILINE))
+def batch_options() -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(\S+))?$", (ROOT / JOB).read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize(("environment", "given"), [({}, 780), ({"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "200"}, 200)])
+def test_slurm_leaves_the_tools_time_to_stop(stubs: Stubs, environment: dict[str, str], given: int) -> None:
+    """The batch shell alone is warned, and passes it on; torchrun kills its processes sooner than Slurm the job."""
+    stubs.add("srun", 'echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"')
+    done = stubs.run(JOB, "only=[score]", **JOB_VARIABLES, **environment)
+    assert (done.returncode, done.stdout) == (0, f"{given}\n")
+    options = batch_options()
     shell, seconds = re.fullmatch(r"(B):TERM@(\d+)", options["signal"]).groups()  # type: ignore[union-attr]
     assert shell == "B"
-    assert int(seconds) > 30
+    assert int(seconds) >= given + 60
     assert options["ntasks-per-node"] == "1"
     assert {"requeue", "open-mode"} <= options.keys()
+
+
+def test_a_job_has_all_of_its_nodes() -> None:
+    options = batch_options()
+    assert "exclusive" in options
+    assert options["mem"] == "0"
