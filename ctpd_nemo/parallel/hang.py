@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ctpd_nemo.parallel.standstill import Standing, Standstill, flight_record, name_records
+from ctpd_nemo.parallel.standstill import Standing, Standstill, flight_records, name_records
 
 T = TypeVar("T")
 
@@ -167,8 +167,9 @@ class HangWatch:
                 file.write(f"rank {self._rank}, {self._place}: {standing.line}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            if record := flight_record():
-                (self.folder / f"flight-record-{self._rank}.json").write_bytes(record)
+            # A job on GPUs may have a second one, of its groups on the CPU.
+            for ending, record in zip(("", "-cpu"), flight_records(), strict=False):
+                (self.folder / f"flight-record-{self._rank}{ending}.json").write_text(json.dumps(record))
         except OSError as error:
             os.write(2, f"{self.folder}: no stacks of rank {self._rank}: {error}\n".encode())
 

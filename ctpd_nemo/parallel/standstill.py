@@ -19,6 +19,8 @@ _BUFFER_SIZE, _DUMP_FILE = (
     if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
     else ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 )
+# Torch's recorders: NCCL's, in builds for CUDA, and that of the other backends; each has its own record.
+_RECORDERS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 _PACKAGE = f"{Path(__file__).resolve().parents[1]}{os.sep}"
 
 # Of each frame, innermost first: file, line, function, and the instruction in it.
@@ -45,13 +47,13 @@ class Standstill:
 
     def __init__(self) -> None:
         self._stack: Stack = ()
-        self._newest: int | None = None
+        self._newest: list[int] | None = None
         self._since = time.monotonic()
 
     def look(self) -> Standing:
         """What the main thread is at; it has moved where its stack or the last collective is another than before.
 
-        The record of collectives takes tens of milliseconds to read: it is read where the stack is as it was.
+        The records of collectives take tens of milliseconds to read: they are read where the stack is as it was.
         """
         stack, now = _main_stack(), time.monotonic()
         waits = bool(stack) and stack[0][0].endswith(_WAITING)
@@ -59,7 +61,7 @@ class Standstill:
             self._stack, self._newest, self._since = stack, None, now
         else:
             last_of_groups = _newest_collectives()
-            newest = max((entry["record_id"] for entry in last_of_groups), default=0)
+            newest = [entry["record_id"] for entry in last_of_groups]
             if newest != self._newest:
                 self._newest, self._since = newest, now
             waits |= any(not _is_done(entry) for entry in last_of_groups)
@@ -80,21 +82,20 @@ def name_records(prefix: Path) -> None:
     os.environ[_DUMP_FILE] = str(prefix)
 
 
-def flight_record() -> bytes:
-    """The collectives of this process so far, as JSON; empty where this torch does not record any."""
-    recorder = torch._C._distributed_c10d
-    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
-        if hasattr(recorder, name):
-            record = getattr(recorder, name)()
-            return record if isinstance(record, bytes) else str(record).encode()
-    return b""
+def flight_records() -> list[dict[str, Any]]:
+    """The collectives of this process so far: a record for each of torch's recorders that has any, NCCL's first."""
+    dumps = [getattr(torch._C._distributed_c10d, name, None) for name in _RECORDERS]
+    records = [json.loads(dump() or "{}") for dump in dumps if dump is not None]
+    return [record for record in records if record.get("entries")]
 
 
 def _newest_collectives() -> list[dict[str, Any]]:
-    """The last entry of each process group."""
-    record = flight_record()
-    entries = json.loads(record).get("entries", []) if record else []
-    return list({entry["pg_id"]: entry for entry in sorted(entries, key=lambda entry: entry["record_id"])}.values())
+    """The last entry of each process group, in each of the records: a group may be in both."""
+    newest: list[dict[str, Any]] = []
+    for record in flight_records():
+        entries = sorted(record["entries"], key=lambda entry: entry["record_id"])
+        newest += {entry["pg_id"]: entry for entry in entries}.values()
+    return newest
 
 
 def _is_done(entry: dict[str, Any]) -> bool:

@@ -293,6 +293,15 @@ def _elsewhere(folder: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
+def _without_common_state(folder: Path) -> None:
+    """Of releases of Megatron-Core from 0.19 on, it is an object in the shards."""
+    name = "common.pt"
+    if not (folder / name).exists():
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        (name,) = {at.relative_path for key, at in index.storage_data.items() if key.fqn.startswith("common_state")}
+    (folder / name).unlink()
+
+
 DAMAGED, OWN = "a checkpoint that cannot be read", "nothing but its own records"
 CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
     "no folder": (shutil.rmtree, "step", "nothing", "a checkpoint folder written by training"),
@@ -315,7 +324,7 @@ CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
     ),
     "an index that reads elsewhere": (_elsewhere, ".metadata", "in '../__0_", "names of files in the same folder"),
     "an object that calls": (_object(_saved([Evil()])), ".distcp", "unsupported GLOBAL posix.mkdir", OWN),
-    "a common state that is gone": (_removed("common.pt"), "step", DAMAGED, "a whole one"),
+    "a common state that is gone": (_without_common_state, "step", DAMAGED, "a whole one"),
     "a common state that calls": (_bytes("common.pt", _saved(Evil())), "common.pt", "GLOBAL posix.mkdir", OWN),
     "a common state of plain pickle": (_bytes("common.pt", pickle.dumps(Evil(), 2)), "common.pt", "posix.mkdir", OWN),
     "another backend": (

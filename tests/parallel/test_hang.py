@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ctpd_nemo.parallel.hang import HangWatch, Report, explain
@@ -68,6 +69,21 @@ def test_a_rank_knows_how_long_it_has_stood_and_that_a_loop_of_collectives_is_no
     assert not any(waits for _, waits, _ in stood)
     assert "test_a_rank_knows" in stood[-1][2]
     assert max(seconds for seconds, _, _ in looped) < 0.3
+
+
+@pytest.mark.parametrize("nccl", [b"", b"{}", b'{"entries": [{"pg_id": 0, "record_id": 7, "retired": true}]}'])
+def test_collectives_of_every_recorder_of_torch_are_seen(monkeypatch: pytest.MonkeyPatch, nccl: bytes) -> None:
+    """Torch that is built for CUDA has one for NCCL alone, whatever a job's backend is."""
+    initialize(ParallelConfig())
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", lambda: nccl, raising=False)
+    standstill = Standstill()
+    stood = []
+    for meets in (True, True, True, True, False):
+        if meets:
+            dist.barrier()
+        stood.append(standstill.look().seconds)
+    assert stood[:4] == [0, 0, 0, 0]
+    assert stood[4] > 0
 
 
 def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """What rank 0 does for all: the others wait as long as it takes, and fail as it fails."""
 
 import errno
+import functools
 import threading
 import time
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,12 +16,16 @@ from ctpd_nemo.pipeline import rank_zero
 from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
 from tests.losses.ranks import run_ranks
 
-# Seconds that a collective may take, and that the task takes.
-LIMIT, TASK = 3, 8
+WORLD = 3
+# How often each rank is looked at while the task is done, and how often ranks meet between two looks: twice, so that
+# one meeting at least is all between them.
+LOOKS, MEETINGS = 10, 2
 
 
-def task() -> str:
-    time.sleep(TASK)
+def task(folder: Path) -> str:
+    """Takes as long as all ranks take to be looked at, longer than any collective among them."""
+    while not all((folder / f"looked-{number}").exists() for number in range(WORLD)):
+        time.sleep(0.01)
     return "done"
 
 
@@ -31,26 +37,40 @@ def refuse() -> None:
     raise InputError("a place", "this", "that")
 
 
-def look(stood: list[float], ended: threading.Event) -> None:
-    """What the watch for hangs sees of this rank."""
+class Meetings:
+    """Counts how often this rank has set out to meet the others."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def counted(self, meet: Callable[..., Any], *args: Any) -> Any:
+        self.count += 1
+        return meet(*args)
+
+
+def look(meetings: Meetings, stood: list[float], looked: Path) -> None:
+    """What the watch for hangs sees of this rank: for how long it has stood at each look."""
     standstill = Standstill()
-    while not ended.wait(0.2):
-        standing = standstill.look()
-        stood.append(standing.seconds if standing.waits else 0.0)
+    for _ in range(LOOKS):
+        stood.append(standstill.look().seconds)
+        before = meetings.count
+        while meetings.count < before + MEETINGS:
+            time.sleep(0.01)
+    looked.touch()
 
 
 def rank(number: int, folder: str) -> None:
-    rank_zero._LONGEST_WAIT = 1.0
+    meetings, stood = Meetings(), []
+    rank_zero._LONGEST_WAIT = 0.1
+    rank_zero.on_rank_0 = functools.partial(meetings.counted, on_rank_0)
     record_collectives()
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=number, world_size=3, timeout=timedelta(seconds=LIMIT))
-    stood, looks = [], threading.Event()
-    watch = threading.Thread(target=lambda: look(stood, looks), daemon=True)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=WORLD)
+    watch = threading.Thread(target=look, args=(meetings, stood, Path(folder, f"looked-{number}")), daemon=True)
     watch.start()
-    told = [on_rank_0_however_long(task)]
-    looks.set()
+    told = [on_rank_0_however_long(functools.partial(task, Path(folder)))]
     watch.join()
-    told.append("moved" if max(stood) < LIMIT else f"stood for {max(stood):.1f} s")
+    # However long it was between two looks.
+    told.append("moved" if max(stood) == 0 else f"stood for {stood} s")
     for wrong in (fail, refuse):
         for way in (on_rank_0, on_rank_0_however_long):
             try:
@@ -63,9 +83,10 @@ def rank(number: int, folder: str) -> None:
 
 
 def test_ranks_wait_longer_than_a_collective_may_and_fail_together(tmp_path: Path) -> None:
+    """They meet while they wait, and whoever looks at them sees that they do."""
     run_ranks(rank, tmp_path)
     full = "[Errno 28] No space left on device: 'a file'"
     refused = str(InputError("a place", "this", "that"))
-    for number in range(3):
+    for number in range(WORLD):
         lines = (tmp_path / f"rank-{number}").read_text().splitlines()
         assert lines == ["done", "moved", full, full, refused, refused], number
