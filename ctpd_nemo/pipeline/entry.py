@@ -4,7 +4,6 @@ import errno
 import functools
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import quiet
-from ctpd_nemo.pipeline.stopping import Stopped, stop_at_once
+from ctpd_nemo.pipeline.stopping import TERMINATED, Stopped, stop_at_once
 
 Task = Callable[[DictConfig], Any]
 
@@ -48,7 +47,7 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
 
         @functools.wraps(task)
         def main() -> None:
-            stop_at_once(0 if config_name in _GO_ON else 128 + signal.SIGTERM)
+            stop_at_once(0 if config_name in _GO_ON else TERMINATED)
             quiet.before_imports()
             # Before Blackwell, what overlaps with communication needs kernels to start in the order they were queued in
             # (Megatron-Core); CUDA reads it once.

@@ -37,6 +37,8 @@ class ExportConfig:
 def export(config: ExportConfig) -> Path:
     """Write a checkpoint as a folder that ``transformers`` loads, with a model card; rank 0 does it, the others wait.
 
+    Where process groups are there, all ranks share the reading that finds damage first.
+
     One process holds one tensor and one shard of the export at a time; the layout of the checkpoint does not matter.
 
     Raises:
