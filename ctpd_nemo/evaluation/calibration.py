@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ctpd_nemo.evaluation.clusters import standard_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class Calibration:
         beta: Of the implicit reward.
         expected_calibration_error: Sum over bins of n / N * |accuracy - confidence| (Guo et al. 2017, equation 3).
         brier_score: Mean of (1 - p)^2; 0.25 for a model without preferences.
-        brier_score_standard_error: Sample standard deviation over sqrt(N); 0 for a single pair.
+        brier_score_standard_error: See :func:`ctpd_nemo.evaluation.clusters.standard_error`.
         bins: Of equal width, over confidences from 1/2 to 1.
     """
 
@@ -49,8 +52,17 @@ class Calibration:
     bins: list[Bin]
 
 
-def calibration(margins: NDArray[np.float64], beta: float, n_bins: int = 10) -> Calibration:
-    """Calibration of reward margins ``[n_pairs]``, in nats and without beta; at least one pair."""
+def calibration(
+    margins: NDArray[np.float64], beta: float, n_bins: int = 10, clusters: Sequence[Hashable] | None = None
+) -> Calibration:
+    """Calibration of reward margins.
+
+    Args:
+        margins: In nats and without beta, float64 ``[n_pairs]``; at least one pair.
+        beta: Of the implicit reward.
+        n_bins: Of equal width.
+        clusters: What each pair asks; ``None`` where all ask something else.
+    """
     # exp(-log(1 + exp(-x))): no overflow at either end.
     probability = np.exp(-np.logaddexp(0.0, -beta * margins))
     confidence = np.maximum(probability, 1 - probability)
@@ -68,5 +80,4 @@ def calibration(margins: NDArray[np.float64], beta: float, n_bins: int = 10) -> 
         bins.append(found)
         error += n / len(margins) * abs(float(right[inside].mean()) - float(confidence[inside].mean()))
     squares = (1 - probability) ** 2
-    spread = float(squares.std(ddof=1) / len(squares) ** 0.5) if len(squares) > 1 else 0.0
-    return Calibration(beta, error, float(squares.mean()), spread, bins)
+    return Calibration(beta, error, float(squares.mean()), standard_error(squares, clusters), bins)

@@ -169,18 +169,24 @@ def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     if pairs:
         # Answers are of the prompts that were answered and have one, which may be few of the pairs.
         counts = pairs.get("counts") or {}
+        # Of pairs that all ask the same, no error is known.
+        facts = counts | (pairs.get("facts") or {})
         for name, error in pairs["standard_errors"].items():
             if name == "reward_margin" and not pairs.get("calibration"):
                 # There is nothing that it is measured against.
                 continue
             n = counts.get(name, pairs["n"])
-            row = {"metric": name, "value": pairs[name], "standard_error": error if n > 1 else None, "n": n}
+            error = error if facts.get(name, n) > 1 else None
+            row = {"metric": name, "value": pairs[name], "standard_error": error, "n": n}
             rows.append({"dataset": "held-out pairs", **row})
         if pairs.get("calibration"):
             found = pairs["calibration"]
             values = {
                 "expected_calibration_error": (found["expected_calibration_error"], None),
-                "brier_score": (found["brier_score"], found["brier_score_standard_error"]),
+                "brier_score": (
+                    found["brier_score"],
+                    found["brier_score_standard_error"] if facts.get("reward_margin", pairs["n"]) > 1 else None,
+                ),
             }
             for name, (value, error) in values.items():
                 row = {"metric": name, "value": value, "standard_error": error, "n": pairs["n"]}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ctpd_nemo.evaluation.clusters import standard_error
 from ctpd_nemo.evaluation.model import Generation
 
 _PERCENTILES = (5, 25, 75, 95)
@@ -20,7 +21,7 @@ class Lengths:
     Attributes:
         n: Generations.
         mean: Mean length.
-        mean_standard_error: Sample standard deviation over sqrt(n); 0 for a single generation.
+        mean_standard_error: See :func:`ctpd_nemo.evaluation.clusters.standard_error`.
         median: Middle length.
         percentiles: Length at the 5th, 25th, 75th and 95th percent, linear between neighbours.
         ended: Share that ended by itself, before the longest length that was allowed.
@@ -37,8 +38,13 @@ class Lengths:
     repeated_4grams: float
 
 
-def length_statistics(generations: Sequence[Generation]) -> Lengths:
-    """The statistics of at least one generation."""
+def length_statistics(generations: Sequence[Generation], clusters: Sequence[Hashable] | None = None) -> Lengths:
+    """The statistics of at least one generation.
+
+    Args:
+        generations: In the order of what they answer.
+        clusters: What each answers; ``None`` where all answer something else.
+    """
     lengths = np.array([len(generation.token_ids) for generation in generations], dtype=np.float64)
     total = repeated = 0
     for generation in generations:
@@ -49,7 +55,7 @@ def length_statistics(generations: Sequence[Generation]) -> Lengths:
     return Lengths(
         n=len(lengths),
         mean=float(lengths.mean()),
-        mean_standard_error=float(lengths.std(ddof=1) / len(lengths) ** 0.5) if len(lengths) > 1 else 0.0,
+        mean_standard_error=standard_error(lengths, clusters),
         median=float(np.median(lengths)),
         percentiles={str(percent): float(np.percentile(lengths, percent)) for percent in _PERCENTILES},
         ended=float(np.mean([generation.ended for generation in generations])),

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_EXTRAS = ("answer", "kind", "fault", "fact")
+
 
 class Row(NamedTuple):
     """A pair, and what a generated row says beside it."""
@@ -25,6 +27,12 @@ class Row(NamedTuple):
     answer: str | None
     kind: str | None
     fault: str | None
+    fact: str | None
+
+    @property
+    def cluster(self) -> str:
+        """What the pair asks, in whatever words: the fact where the row names it, else its prompt as it stands."""
+        return repr(self.pair.prompt) if self.fact is None else self.fact
 
 
 def read_rows(path: Path, limit: int | None) -> list[Row]:
@@ -39,8 +47,8 @@ def read_rows(path: Path, limit: int | None) -> list[Row]:
     rows = []
     for index in range(len(pairs) if limit is None else min(limit, len(pairs))):
         fields = source.read(index)
-        extras = [fields.get(name) for name in ("answer", "kind", "fault")]
-        for name, value in zip(("answer", "kind", "fault"), extras, strict=True):
+        extras = [fields.get(name) for name in _EXTRAS]
+        for name, value in zip(_EXTRAS, extras, strict=True):
             if not isinstance(value, str | None):
                 raise InputError(f"{source.place(index)}, field {name!r}", type(value).__name__, "a string, or none")
         rows.append(Row(pairs[index], *extras))

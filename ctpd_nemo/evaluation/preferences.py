@@ -16,6 +16,7 @@ import numpy as np
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.calibration import Calibration, calibration
+from ctpd_nemo.evaluation.clusters import standard_error
 from ctpd_nemo.evaluation.lengths import Lengths, length_statistics
 from ctpd_nemo.evaluation.model import FloatArray, Generation, generate, load_model, pair_logprobs, positions
 from ctpd_nemo.evaluation.pairs import Row, encode_rows, pair_encoder, read_rows
@@ -60,9 +61,11 @@ class Evaluation:
             distribution; ``None`` where it was not asked for.
         preference_accuracy_by_fault: For each value of the rows' ``fault``.
         answer_accuracy_by_kind: For each value of the rows' ``kind``.
-        standard_errors: Of each of the numbers above, by its name: sample standard deviation over sqrt(n); 0 for a
-            single pair.
+        standard_errors: Of each of the numbers above, by its name. Pairs about the same fact, or with the same prompt
+            where rows name no ``fact``, are not independent: the error is that of as many observations as there are
+            facts (:func:`ctpd_nemo.evaluation.clusters.standard_error`); 0 where there is one.
         counts: Of each of them, from how many pairs it is.
+        facts: Of each of them, from how many different facts.
         calibration: Of the reward margins; ``None`` without a reference, or against the model itself.
         lengths: Of the generations, under ``greedy``, and ``sampled`` where that was asked for.
         samples: The first few greedy responses.
@@ -82,6 +85,7 @@ class Evaluation:
     answer_accuracy_by_kind: dict[str, float]
     standard_errors: dict[str, float]
     counts: dict[str, int]
+    facts: dict[str, int]
     calibration: Calibration | None
     lengths: dict[str, Lengths]
     samples: list[Sample]
@@ -115,8 +119,8 @@ def evaluate_folder(
 
     Args:
         folder: Model and tokenizer.
-        pairs_file: Preference pairs in any form that training reads. Answers, kinds and faults come from the fields
-            ``answer``, ``kind`` and ``fault`` of JSON Lines.
+        pairs_file: Preference pairs in any form that training reads. Answers, kinds, faults and facts come from the
+            fields ``answer``, ``kind``, ``fault`` and ``fact`` of JSON Lines.
         reference: Folder of the model that ``reward_margin`` is measured against, usually the SFT student. Its
             tokenizer may be another one.
         batch_size: Sequences a forward pass.
@@ -161,7 +165,9 @@ def evaluate_folder(
         sampled = generate(model, encoders[0].policy, prompts, batch_size, max_new_tokens, sample_seed)
         values["sampled_answer_accuracy"] = _known(_is_right(asked, sampled))
         responses["sampled"] = sampled
-    measured = None if reference_margin is None else calibration(values["reward_margin"], beta)
+    measured = None
+    if reference_margin is not None:
+        measured = calibration(values["reward_margin"], beta, clusters=[row.cluster for row in rows])
     return _summary(rows, skipped, values, responses, measured)
 
 
@@ -177,6 +183,7 @@ def _summary(
     is_right = _is_right(asked, greedy)
     values = values | {"answer_accuracy": _known(is_right)}
     known = {name: value for name, value in values.items() if len(value)}
+    clusters = {name: _clusters(name, rows, asked) for name in known}
     means: dict[str, Any] = {name: float(value.mean()) for name, value in known.items()}
     return Evaluation(
         n=len(rows),
@@ -184,10 +191,11 @@ def _summary(
         **{"answer_accuracy": None, "sampled_answer_accuracy": None, **means},
         preference_accuracy_by_fault=_mean_by([row.fault for row in rows], values["preference_accuracy"].tolist()),
         answer_accuracy_by_kind=_mean_by([row.kind for row in asked], is_right),
-        standard_errors={name: _standard_error(value) for name, value in known.items()},
+        standard_errors={name: standard_error(value, clusters[name]) for name, value in known.items()},
         counts={name: len(value) for name, value in known.items()},
+        facts={name: len(set(found)) for name, found in clusters.items()},
         calibration=measured,
-        lengths={name: length_statistics(found) for name, found in responses.items()},
+        lengths={name: length_statistics(found, [row.cluster for row in asked]) for name, found in responses.items()},
         samples=[
             Sample(row.pair.id, row.pair.prompt[-1].content, response.text, row.answer, right)
             for row, response, right in zip(rows[:_N_SAMPLES], greedy, is_right, strict=False)
@@ -226,8 +234,11 @@ def _known(is_right: Sequence[bool | None]) -> FloatArray:
     return np.array([right for right in is_right if right is not None], dtype=np.float64)
 
 
-def _standard_error(values: FloatArray) -> float:
-    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+def _clusters(name: str, rows: Sequence[Row], asked: Sequence[Row]) -> list[str]:
+    """What each value of a metric is about: answers are of the rows that were asked and have one."""
+    if name.endswith("answer_accuracy"):
+        return [row.cluster for row in asked if row.answer is not None]
+    return [row.cluster for row in rows]
 
 
 def _mean_by(groups: Sequence[str | None], values: Sequence[float | None]) -> dict[str, float]:

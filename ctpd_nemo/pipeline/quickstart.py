@@ -92,11 +92,9 @@ def _table(report: dict[str, Any]) -> str:
     lines = ["", f"{'student':<9}" + "".join(f"{title:>21}" for title in _COLUMNS)]
     for name, scores in report["methods"].items():
         lines.append(f"{name:<9}" + "".join(f"{scores[key]:>21.3f}" for key in _COLUMNS.values()))
-    scored = next(iter(report["methods"].values()))["n"]
-    lines += [
-        "",
-        f"{scored} held-out pairs; {report['seconds']:.0f} s, {report['peak_memory_gb']} GB at most in one process",
-    ]
+    scores = next(iter(report["methods"].values()))
+    pairs = f"{scores['n']} held-out pairs about {scores['facts']['preference_accuracy']} facts"
+    lines += ["", f"{pairs}; {report['seconds']:.0f} s, {report['peak_memory_gb']} GB at most in one process"]
     lines += [f"the CTPD student, for transformers: {report['export_dir']}"]
     sample = report["methods"]["ctpd"]["samples"][0]
     lines += [f"  asked:   {sample['prompt']}", f"  answers: {sample['response']}"]

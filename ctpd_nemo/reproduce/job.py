@@ -17,7 +17,7 @@ from ctpd_nemo.reproduce.chain import chain
 from ctpd_nemo.reproduce.config import ReproduceConfig, TableConfig, read_table, split_config
 from ctpd_nemo.reproduce.pool import run_seeds
 from ctpd_nemo.reproduce.scores import benchmark_scores, read_scores, tiny_scores
-from ctpd_nemo.reproduce.tables import as_values, difference_table, score_table
+from ctpd_nemo.reproduce.tables import as_values, difference_table, score_table, seed_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ def _tiny(asked: ReproduceConfig, table: TableConfig, recipe: DictConfig, experi
     done = {str(seed): run for seed, run in zip(seeds, runs, strict=True)}
     rows = read_scores(recipe.run_dir, table, seeds, tiny_scores)
     tables = [score_table(table, rows, seeds, {})]
+    if len(seeds) > 1:
+        tables.append(seed_table(table, rows, seeds))
     if table.against in table.rows and len(table.rows) > 1:
         tables.append(difference_table(table, rows))
     cost = {"seconds": round(seconds, 1), "runs": done, "processes": asked.processes, "cores": os.cpu_count()}

@@ -12,6 +12,7 @@ from ctpd_nemo.evaluation.card import EVALUATION, read_json
 from ctpd_nemo.evaluation.harness import is_leaderboards
 from ctpd_nemo.reproduce.config import TableConfig
 from ctpd_nemo.reproduce.seed import seed_folder
+from ctpd_nemo.reproduce.significance import p_value, t_interval
 
 # One student's scores by column; a seed that is not evaluated has none.
 Scores = Mapping[str, float]
@@ -49,6 +50,20 @@ class Cell:
         """From one value a seed."""
         error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else of_evaluation
         return cls(fmean(values), error, tuple(values))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where the mean over all seeds that there could be lies, at 95 %; ``None`` with one seed."""
+        if self.standard_error is None or len(self.values) < 2:
+            return None
+        return t_interval(self.mean, self.standard_error, len(self.values))
+
+    @property
+    def p_value(self) -> float | None:
+        """Of a mean of 0 over all seeds, by Student's t; ``None`` with one seed."""
+        if self.standard_error is None or len(self.values) < 2:
+            return None
+        return p_value(self.mean, self.standard_error, len(self.values))
 
     def less(self, other: "Cell") -> "Cell":
         """The difference to another row of the same seeds, seed by seed: what all rows of a seed share cancels."""

@@ -8,6 +8,7 @@ from typing import Any
 from ctpd_nemo.planner.tables import Table
 from ctpd_nemo.reproduce.config import TableConfig
 from ctpd_nemo.reproduce.scores import AVERAGE, BENCHMARKS, Cell
+from ctpd_nemo.reproduce.significance import LEVEL, holm
 
 Rows = Mapping[str, Mapping[str, Cell]]
 
@@ -26,17 +27,61 @@ def score_table(table: TableConfig, rows: Rows, seeds: Sequence[int], paper: Map
     return Table(f"Table {table.number}. {table.title}: {over}{brackets}", [" Method", *columns], cells)
 
 
-def difference_table(table: TableConfig, rows: Rows) -> Table:
-    """Every row less one of them, seed by seed."""
+def seed_table(table: TableConfig, rows: Rows, seeds: Sequence[int]) -> Table:
+    """What the means are of: a row that one seed decides shows here."""
     columns = _columns(rows)
-    base = rows[table.against]
     cells = [
-        [name, *(_text(row[column].less(base[column]), signed=True) for column in columns)]
+        [name, str(seed), *(f"{row[column].values[at]:.2f}" for column in columns)]
+        for name, row in rows.items()
+        for at, seed in enumerate(seeds)
+    ]
+    return Table(f"Table {table.number} by seed", [" Method", "seed", *columns], cells)
+
+
+def difference_table(table: TableConfig, rows: Rows) -> Table:
+    """Every row less one of them, seed by seed: means, and what seeds so few can say of them."""
+    columns = _columns(rows)
+    found = differences(table, rows)
+    marks = _marks({(name, column): row[column].p_value for name, row in found.items() for column in columns})
+    cells = [
+        [name, *(_difference(row[column], marks[name, column]) for column in columns)] for name, row in found.items()
+    ]
+    title = f"Less {table.against} of the same seed: mean"
+    n_seeds = len(rows[table.against][columns[0]].values)
+    if n_seeds > 1:
+        title += (
+            f" [95 % interval of t with {n_seeds - 1} degree{'s' if n_seeds > 2 else ''} of freedom];"
+            f" * excludes 0, ** also by Holm's correction for all {len(found) * len(columns)} of this table"
+        )
+    return Table(title, [" Method", *columns], cells)
+
+
+def differences(table: TableConfig, rows: Rows) -> dict[str, dict[str, Cell]]:
+    """Every row less the one that the table is against."""
+    base = rows[table.against]
+    return {
+        name: {column: row[column].less(base[column]) for column in _columns(rows)}
         for name, row in rows.items()
         if name != table.against
-    ]
-    title = f"Less {table.against} of the same seed: mean ± standard error"
-    return Table(title, [" Method", *columns], cells)
+    }
+
+
+def _marks(p_values: Mapping[tuple[str, str], float | None]) -> dict[tuple[str, str], str]:
+    """Of each difference; those without a p-value have none."""
+    known = {place: value for place, value in p_values.items() if value is not None}
+    together = dict(zip(known, holm(list(known.values())), strict=True))
+    marks = dict.fromkeys(p_values, "")
+    for place, alone in known.items():
+        if alone < 1 - LEVEL:
+            marks[place] = " **" if together[place] < 1 - LEVEL else " *"
+    return marks
+
+
+def _difference(cell: Cell, mark: str) -> str:
+    if cell.interval is None:
+        return f"{cell.mean:+.2f}"
+    lower, upper = cell.interval
+    return f"{cell.mean:+.2f} [{lower:+.2f}, {upper:+.2f}]{mark}"
 
 
 def paper_cells(values: Sequence[float]) -> dict[str, Cell]:
@@ -53,12 +98,13 @@ def as_values(rows: Rows, table: TableConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         "rows": {name: {column: asdict(cell) for column, cell in row.items()} for name, row in rows.items()}
     }
-    base = rows.get(table.against)
-    if base and all(rows.values()):
+    if rows.get(table.against) and all(rows.values()):
         values["differences"] = {
-            name: {column: asdict(row[column].less(base[column])) for column in _columns(rows)}
-            for name, row in rows.items()
-            if name != table.against
+            name: {
+                column: asdict(cell) | {"interval": cell.interval, "p_value": cell.p_value}
+                for column, cell in row.items()
+            }
+            for name, row in differences(table, rows).items()
         }
     return values
 
@@ -73,6 +119,6 @@ def _cell(ours: Cell | None, papers: Cell | None) -> str:
     return f"{text} ({_text(papers)})" if papers else text
 
 
-def _text(cell: Cell, signed: bool = False) -> str:
+def _text(cell: Cell) -> str:
     error = "" if cell.standard_error is None else f" ± {cell.standard_error:.2f}"
-    return f"{cell.mean:{'+' if signed else ''}.2f}{error}"
+    return f"{cell.mean:.2f}{error}"

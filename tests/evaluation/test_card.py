@@ -69,6 +69,14 @@ def test_what_was_not_measured_is_not_in_the_table() -> None:
     assert (row["metric"], row["value"], row["standard_error"]) == ("preference_accuracy", 1.0, None)
 
 
+def test_pairs_that_all_ask_the_same_have_no_error_in_the_table() -> None:
+    scores = {"preference_accuracy": 0.5}
+    pairs = {"n": 9, **scores, "standard_errors": {"preference_accuracy": 0.0}, "counts": {"preference_accuracy": 9}}
+    pairs |= {"facts": {"preference_accuracy": 1}, "calibration": None, "lengths": {}}
+    (row,) = evaluation_rows({"preferences": pairs})
+    assert (row["standard_error"], row["n"]) == (None, 9)
+
+
 def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:
     folder = tmp_path / "export"
     folder.mkdir()

@@ -121,9 +121,11 @@ def mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def standard_error(values: list[float]) -> float:
+def standard_error(values: list[float], facts: list[str]) -> float:
+    """Of as many independent sums as there are facts: with one pair a fact the usual one."""
     middle = mean(values)
-    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
+    sums = [math.fsum(v - middle for v, of in zip(values, facts, strict=True) if of == one) for one in set(facts)]
+    return math.sqrt(math.fsum(one**2 for one in sums) * len(sums) / (len(sums) - 1)) / len(values)
 
 
 def test_every_number_equals_the_slow_one(world: TinyWorld, rows: Rows, student: Path) -> None:
@@ -154,7 +156,9 @@ def test_every_number_equals_the_slow_one(world: TinyWorld, rows: Rows, student:
     assert found.skipped == {}
     for name, values in expected.items():
         assert getattr(found, name) == pytest.approx(mean(values), rel=1e-5, abs=1e-5), name
-        assert found.standard_errors[name] == pytest.approx(standard_error(values), rel=1e-5, abs=1e-5), name
+        error = standard_error(values, [row["fact"] for row in rows])
+        assert found.standard_errors[name] == pytest.approx(error, rel=1e-5, abs=1e-5), name
+        assert found.facts[name] == len({row["fact"] for row in rows}) < found.counts[name] == len(rows)
     assert found.standard_errors.keys() == expected.keys()
     assert [sample.response for sample in found.samples] == responses[:10]
     assert [sample.is_right for sample in found.samples] == [bool(value) for value in right[:10]]
@@ -229,6 +233,19 @@ def test_a_flat_model_costs_the_logarithm_of_the_vocabulary(world: TinyWorld, ro
     )
     without_end = evaluate_folder(folder, world.test, max_new_tokens=1, include_eos=False)
     assert found.chosen_logprob - without_end.chosen_logprob == pytest.approx(-math.log(len(tokenizer)), rel=1e-4)
+
+
+def test_the_same_prompts_again_make_no_error_smaller(world: TinyWorld, rows: Rows, tmp_path: Path) -> None:
+    """Rows that name no fact are about what they ask, word for word."""
+    plain = [{name: row[name] for name in ("prompt", "chosen", "rejected", "answer")} for row in rows[:12]]
+    once, thrice = (
+        evaluate_folder(world.student, save(plain * times, tmp_path / f"{times}.jsonl"), max_new_tokens=2)
+        for times in (1, 3)
+    )
+    assert (once.facts["answer_accuracy"], thrice.facts["answer_accuracy"], thrice.n) == (12, 12, 36)
+    for name, error in once.standard_errors.items():
+        assert thrice.standard_errors[name] == pytest.approx(error, rel=1e-5), name
+    assert thrice.lengths["greedy"].mean_standard_error == pytest.approx(once.lengths["greedy"].mean_standard_error)
 
 
 def test_a_tie_counts_half(world: TinyWorld, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The generated world: its questions, pairs, tokenizers, models and folder."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -107,14 +108,14 @@ def test_answers_can_be_worked_out_from_the_prompt(kind: str) -> None:
 
 def test_days_months_and_opposites_go_both_ways() -> None:
     rng = Random(0)
-    tasks = [KINDS["calendar"](rng) for _ in range(2000)]
+    tasks = [KINDS["calendar"].draw(rng) for _ in range(2000)]
     after = {(task.question.rstrip("?.").split()[-1], task.right) for task in tasks if " after " in task.question}
     before = {(task.right, task.question.rstrip("?.").split()[-1]) for task in tasks if " before " in task.question}
     assert after == before
     assert len(after) == 7 + 12
     assert {("Sunday", "Monday"), ("December", "January"), ("May", "June")} < after
 
-    tasks = [KINDS["opposite"](rng) for _ in range(2000)]
+    tasks = [KINDS["opposite"].draw(rng) for _ in range(2000)]
     opposites = {(task.question.rstrip("?.").split()[-1], task.right) for task in tasks}
     assert {(right, word) for word, right in opposites} == opposites
     assert len(dict(opposites)) == len(opposites) == 50
@@ -135,7 +136,69 @@ def test_chosen_gives_the_right_answer_and_rejected_never_does() -> None:
         assert text(row, "rejected").replace(f"**{wrong}**", f"**{row['answer']}**") == text(row, "chosen")
 
 
-def test_training_and_test_prompts_never_meet() -> None:
+def fact(row: dict[str, Any]) -> tuple[str, frozenset[str]]:
+    """What a row is about, read from its question: kind and operands, whatever dress, greeting, order and direction."""
+    prompt, kind = text(row, "prompt"), row["kind"]
+    if kind == "copy":
+        operands = [asked_word(prompt)]
+    elif kind == "letter":
+        operands = list(re.search(r"the (first|last) letter of (\w+)", prompt)[0].split()[1::3])  # type: ignore[index]
+    elif kind in ("calendar", "opposite"):
+        # One thing to know, from either of its ends.
+        operands = [re.findall(r"\w+", prompt)[-1], row["answer"]]
+    elif kind == "colour":
+        operands = [" is ".join(one) for one in re.findall(r"[Tt]he (\w+) is (\w+)", prompt)]
+    else:
+        operands = [str(number) for number in numbers(prompt)]
+    return kind, frozenset(operands)
+
+
+# By combinatorics: unordered sums, differences, pairs of 30, numbers below 50, three of nine digits, words, their two
+# ends, neighbours among days and months, opposites, and two things of ten in two colours of nine.
+HOW_MANY_FACTS = {
+    **{"add": 10 * 11 // 2, "subtract": 13 * 14 // 2, "larger": 30 * 29 // 2, "parity": 50, "sort": 9 * 8 * 7 // 6},
+    **{"copy": 40, "letter": 2 * 40, "calendar": 7 + 12, "opposite": 25, "colour": (10 * 9 // 2) * (9 * 8)},
+}
+
+
+def test_no_fact_of_a_test_is_in_any_training_file_of_any_seed(world: TinyWorld) -> None:
+    train = [row for seed in range(5) for row in generate_pairs("train", 4000, seed, flip=0.3)]
+    test = [row for seed in range(5) for row in generate_pairs("test", 1000, seed)]
+    for path in (world.train, world.sft):
+        train += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    test += [json.loads(line) for line in world.test.read_text(encoding="utf-8").splitlines()]
+    trained, tested = ({fact(row) for row in rows} for rows in (train, test))
+    assert not trained & tested
+    for kind, n_facts in HOW_MANY_FACTS.items():
+        n_held_out = math.ceil(n_facts / 5)
+        found = [sum(of == kind for of, _ in facts) for facts in (trained, tested)]
+        if n_facts < 100:
+            # Every fact is asked somewhere: none is left that another seed could put elsewhere.
+            assert found == [n_facts - n_held_out, n_held_out], kind
+        else:
+            assert found[0] <= n_facts - n_held_out, kind
+            assert n_held_out // 2 < found[1] <= n_held_out, kind
+
+
+def test_rows_name_the_fact_that_their_question_is_about(world: TinyWorld) -> None:
+    """Equal names for equal facts, and other names for others: what errors are taken over."""
+    rows = [row for split in ("train", "test") for row in generate_pairs(split, 4000 if split == "train" else 1500, 0)]
+    names = {(row["fact"], fact(row)) for row in rows}
+    assert len(names) == len(dict(names)) == len({of for _, of in names})
+    for kind, of in KINDS.items():
+        assert len(of.facts) == len(set(of.facts)) == HOW_MANY_FACTS[kind]
+        assert {name for name, _ in names if name.split()[0] == kind} <= {f"{kind} {one}" for one in of.facts}
+
+
+def test_a_held_out_answer_is_not_even_a_wrong_one_in_training() -> None:
+    """Else training on preferences teaches that it is always wrong."""
+    train, test = generate_pairs("train", 8000, seed=0), generate_pairs("test", 1000, seed=0)
+    for kind in ("copy", "opposite"):
+        said = {answer_of(text(row, side)) for row in train if row["kind"] == kind for side in ("chosen", "rejected")}
+        assert not said & {row["answer"] for row in test if row["kind"] == kind}
+
+
+def test_test_prompts_are_all_different_and_none_is_a_training_prompt() -> None:
     train = {text(row, "prompt") for seed in (0, 1) for row in generate_pairs("train", 3000, seed)}
     test = [text(row, "prompt") for row in generate_pairs("test", 1500, seed=0)]
     assert len(set(test)) == len(test)

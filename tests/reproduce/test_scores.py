@@ -1,15 +1,20 @@
 """The arithmetic of a table, by hand, and the paper's figures."""
 
 import json
+import re
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.reproduce.config import TableConfig, known_tables, read_table
 from ctpd_nemo.reproduce.scores import AVERAGE, BENCHMARKS, Cell, benchmark_scores, read_scores, tiny_scores
-from ctpd_nemo.reproduce.tables import as_values, difference_table, paper_cells, score_table
+from ctpd_nemo.reproduce.significance import holm
+from ctpd_nemo.reproduce.tables import as_values, difference_table, paper_cells, score_table, seed_table
 
 TABLE = TableConfig(2, "Weights", "A", {"A": "ctpd", "B": "ctpd-random"})
 
@@ -52,12 +57,97 @@ def test_a_table_of_a_tiny_world_has_every_score_in_its_cell(tmp_path: Path) -> 
     ]  # fmt: skip
     assert first == ("| A | 55.00 ± 5.00 | 30.00 ± 0.00 | 80.00 ± 0.00 | 60.00 ± 0.00 | 56.25 ± 1.25 | -4.50 ± 0.50 |")
     assert second.startswith("| B | 45.00 ± 5.00 |")
-    assert difference_table(TABLE, rows).as_markdown().splitlines()[4:] == [
-        "| B | -10.00 ± 0.00 | +0.00 ± 0.00 | +0.00 ± 0.00 | +0.00 ± 0.00 | -2.50 ± 0.00 | +0.50 ± 0.50 |"
+    lines = seed_table(TABLE, rows, [0, 1]).as_markdown().splitlines()
+    assert lines[4:6] == [
+        "| A | 0 | 50.00 | 30.00 | 80.00 | 60.00 | 55.00 | -4.00 |",
+        "| A | 1 | 60.00 | 30.00 | 80.00 | 60.00 | 57.50 | -5.00 |",
     ]
     values = as_values(rows, TABLE)
     assert values["rows"]["A"]["answers, greedy"]["values"] == (50.0, 60.0)
     assert values["differences"]["B"]["answers, greedy"]["mean"] == pytest.approx(-10.0)
+
+
+def drawn(effects: list[float], n_seeds: int) -> tuple[TableConfig, dict[str, dict[str, Cell]]]:
+    """Rows that are above the first one by an effect, as noisy as it is."""
+    rng = np.random.default_rng(0)
+    columns = ["one", "two", "three"]
+    effects = [0.0, *effects]
+    rows = {
+        f"row {at}": {column: Cell.of(list(effect + rng.standard_normal(n_seeds))) for column in columns}
+        for at, effect in enumerate(effects)
+    }
+    return TableConfig(1, "Drawn", "row 0", {name: name for name in rows}), rows
+
+
+@pytest.mark.parametrize("n_seeds", [2, 3, 4, 20])
+def test_every_difference_has_the_interval_and_p_value_of_a_paired_t_test(n_seeds: int) -> None:
+    table, rows = drawn([0.0, 1.0, -3.0], n_seeds)
+    printed = difference_table(table, rows)
+    in_json = as_values(rows, table)["differences"]
+    for name, *cells in printed.rows:
+        for column, cell in zip(printed.columns[1:], cells, strict=True):
+            mine, its = rows[name][column].values, rows["row 0"][column].values
+            test = stats.ttest_rel(mine, its)
+            lower, upper = test.confidence_interval(0.95)
+            mean = np.mean(mine) - np.mean(its)
+            assert cell.removesuffix("*").removesuffix("*").strip() == f"{mean:+.2f} [{lower:+.2f}, {upper:+.2f}]"
+            assert ("*" in cell) == (lower > 0 or upper < 0)
+            assert in_json[name][column]["interval"] == pytest.approx((lower, upper))
+            assert in_json[name][column]["p_value"] == pytest.approx(test.pvalue)
+    assert f"{n_seeds - 1} degree" in printed.title
+
+
+def test_two_stars_survive_holms_correction_for_all_comparisons_of_the_table() -> None:
+    table, rows = drawn([0.3, 0.9, 2.0, -4.0, 8.0], 5)
+    cells = {name: cells for name, *cells in difference_table(table, rows).rows}
+    p_values = {
+        (name, at): stats.ttest_rel(rows[name][column].values, rows["row 0"][column].values).pvalue
+        for name in cells
+        for at, column in enumerate(["one", "two", "three"])
+    }
+    order = sorted(p_values, key=p_values.__getitem__)
+    # Holm step down: as long as the next smallest is below 5 % of the comparisons that are left.
+    survive = set()
+    for rank, place in enumerate(order):
+        if p_values[place] >= 0.05 / (len(order) - rank):
+            break
+        survive.add(place)
+    stars = {place: cells[place[0]][place[1]].count("*") for place in p_values}
+    assert {place for place, count in stars.items() if count == 2} == survive
+    assert {place for place, count in stars.items() if count} == {place for place, p in p_values.items() if p < 0.05}
+    assert set(stars.values()) == {0, 1, 2}, "the draw shows all three"
+
+
+def test_holm_is_bonferroni_closed_over_all_subsets() -> None:
+    """By definition: a comparison is one if it is in every set of comparisons that holds it, by Bonferroni."""
+    rng = np.random.default_rng(1)
+    for n in (1, 2, 5, 7):
+        p_values = [float(p) for p in np.round(rng.beta(0.3, 2, n), 2)]
+        closed = [
+            max(
+                min(1.0, size * min(p_values[at] for at in chosen))
+                for size in range(1, n + 1)
+                for chosen in combinations(range(n), size)
+                if index in chosen
+            )
+            for index in range(n)
+        ]
+        assert holm(p_values) == pytest.approx(closed)
+
+
+def test_one_seed_has_no_interval() -> None:
+    table, rows = drawn([1.0], 1)
+    printed = difference_table(table, rows)
+    assert all(re.fullmatch(r"[+-]\d\.\d\d", cell) for _, *cells in printed.rows for cell in cells)
+    assert "interval" not in printed.title
+    assert as_values(rows, table)["differences"]["row 1"]["one"]["p_value"] is None
+
+
+def test_seeds_that_do_not_differ_at_all_are_no_division_by_zero() -> None:
+    same = {"one": Cell.of([1.0, 2.0, 3.0])}
+    table = TableConfig(1, "Same", "A", {"A": "a", "B": "b", "C": "c"})
+    (_, b), (_, c) = difference_table(table, {"A": same, "B": same, "C": {"one": Cell.of([3.0, 4.0, 5.0])}}).rows
+    assert (b, c) == ("+0.00 [+0.00, +0.00]", "+2.00 [+2.00, +2.00] **")
 
 
 def test_an_evaluation_that_is_none_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class TinyWorld:
         student: Hugging Face folder of the untrained student, Llama-shaped, with another tokenizer.
         train: JSON Lines of training pairs.
         sft: The same pairs as SFT reads them: with ``mixed``, some of what is called chosen is the rejected response.
-        test: JSON Lines of held-out pairs.
+        test: JSON Lines of held-out pairs, about facts that neither these files nor the tokenizers' training have.
     """
 
     teacher: Path
@@ -68,7 +68,8 @@ def build_tiny_world(
         folder: Where the world is, or will be.
         seed: Of the pairs and of the models' first weights.
         n_train: Training pairs.
-        n_test: Test pairs; about 1,700 different ones exist.
+        n_test: Test pairs, all of them about the fifth of the facts that is held out. A kind has 180 different prompts
+            or more.
         flip: Share of training pairs whose chosen and rejected are exchanged; test pairs are never flipped.
         mixed: Share of the pairs whose rejected response is what SFT learns. Models that have learnt right answers
             alone tell them from others before any preference is learnt; a web's worth of text has both.

@@ -1,11 +1,16 @@
 """Preference pairs about the tasks: a right answer against a wrong or an evasive one.
 
-Training and test prompts never meet: the hash of a prompt says which side it is on, in worlds of every seed. A test
-prompt can still ask a fact of training in other words; the rules (copy, sort, colours, ...) are asked on new input.
+Training and test facts never meet: a fifth of the facts of each kind is in no training pair of any world, in whatever
+words and behind whatever greeting, nor does it lend one a wrong answer. So test prompts ask the rules (sums, parity,
+sort, copy, colours, the larger number) on new input. What can only be remembered (opposites, the calendar, and the
+letters of a word that is one token) nobody has told the model: a right answer there is a guess, and preferences tell
+answers from evasions alone.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from random import Random
 from typing import Any, Literal
 
@@ -15,6 +20,11 @@ from ctpd_nemo.pipeline.tiny_world.tasks import KINDS, Task
 Split = Literal["train", "test"]
 
 _TEST_SHARE = 0.2
+"""Of the facts of each kind."""
+
+_MOST_DRAWS = 20_000
+"""For one prompt. So many do not miss the last one of a kind that has a few hundred."""
+
 _WRONG_SHARE = 0.6
 """Of the rejected responses; the others are evasive."""
 
@@ -47,7 +57,8 @@ def generate_pairs(
     """Rows of preference pairs in TRL's conversational form, kinds in turn.
 
     Args:
-        split: Which prompts to draw from. Test prompts are all different; training prompts may repeat.
+        split: Which facts to draw from. Test prompts are all different, but several ask the same fact in other words
+            or behind another greeting; training prompts may repeat.
         n_pairs: Rows.
         seed: The same arguments give the same rows, on every machine.
         flip: Share of pairs whose chosen and rejected are exchanged. Only that differs from the rows of ``flip=0``;
@@ -55,8 +66,9 @@ def generate_pairs(
         kinds: Which kinds of questions are asked.
 
     Returns:
-        Rows with ``id``, ``kind`` (a key of ``KINDS``), ``fault`` of the rejected response ("wrong" or "evasive"),
-        ``prompt``, ``chosen``, ``rejected`` (lists of one message) and ``answer`` (see ``answer_of``).
+        Rows with ``id``, ``kind`` (a key of ``KINDS``), ``fact`` (what the question is about, with its kind), ``fault``
+        of the rejected response ("wrong" or "evasive"), ``prompt``, ``chosen``, ``rejected`` (lists of one message) and
+        ``answer`` (see ``answer_of``).
 
     Raises:
         InputError: More test pairs than there are test prompts of each kind.
@@ -71,11 +83,10 @@ def _prompts(split: Split, rng: Random, kinds: Sequence[str]) -> Iterator[tuple[
     seen: set[str] = set()
     while True:
         for kind in kinds:
-            draw = KINDS[kind]
-            for _ in range(1000):
-                task = draw(rng)
+            for _ in range(_MOST_DRAWS):
+                task = KINDS[kind].draw(rng)
                 prompt = rng.choice(_OPENINGS) + task.question
-                if _split_of(prompt) == split and prompt not in seen:
+                if _splits(kind, task) == {split} and prompt not in seen:
                     break
             else:
                 found = f"more than there are different {split} prompts of kind {kind!r} ({len(seen)} pairs drawn)"
@@ -85,9 +96,23 @@ def _prompts(split: Split, rng: Random, kinds: Sequence[str]) -> Iterator[tuple[
             yield kind, prompt, task
 
 
-def _split_of(prompt: str) -> Split:
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") < _TEST_SHARE * 2**64 else "train"
+def _splits(kind: str, task: Task) -> set[Split]:
+    """Where a question belongs: to two splits, and so to none, if its wrong answer is from the other one."""
+    return {"test" if fact in held_out(kind) else "train" for fact in (task.fact, task.wrong_fact or task.fact)}
+
+
+@cache
+def held_out(kind: str) -> frozenset[str]:
+    """The facts of a kind that are held out: the fifth with the lowest hashes, rounded up, in worlds of every seed.
+
+    A threshold for the hash instead would leave a kind of few facts with next to none by chance.
+    """
+    facts = KINDS[kind].facts
+    return frozenset(sorted(facts, key=lambda fact: _hash(f"{kind} {fact}"))[: math.ceil(_TEST_SHARE * len(facts))])
+
+
+def _hash(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
 def _row(row_id: str, kind: str, prompt: str, task: Task, rng: Random, flipped: bool) -> dict[str, Any]:
@@ -102,6 +127,7 @@ def _row(row_id: str, kind: str, prompt: str, task: Task, rng: Random, flipped: 
     return {
         "id": row_id,
         "kind": kind,
+        "fact": f"{kind} {task.fact}",
         "fault": fault,
         "prompt": [{"role": "user", "content": prompt}],
         "chosen": [{"role": "assistant", "content": chosen}],
