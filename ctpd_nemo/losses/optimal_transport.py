@@ -11,8 +11,11 @@ the sequence level comes from Sinkhorn's iterations on :math:`e^{-C / \varepsilo
 
 Where paper and release differ:
 
-- The paper ranks words once a sequence, by their sums over its tokens. The release ranks them at each token anew, its
-  sums then change nothing; so does this, and the teacher's k largest of each token are all that it asks for.
+- The paper ranks words once a sequence, by their sums over its tokens. The release (github.com/2018cx/Multi-Level-OT,
+  ``models/distillation_model.py``) ranked them at each token anew, so that its sums changed nothing, up to its commit
+  712cfb4 of 2026-02-04; since then it ranks them once a batch, by sums over the tokens of all its responses and their
+  filling, so that the loss of a response depends on what it is batched with. Here they are ranked at each token, as in
+  the release before: the teacher's k largest of each token are all that this asks for.
 - The release divides logits by their standard deviation over the vocabulary first, and takes the logarithmic cost and
   the sequence level on softmaxes of probabilities, with the sides of the former swapped. Here costs are of the
   probabilities, as the paper's formulas have them.

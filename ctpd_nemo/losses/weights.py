@@ -2,8 +2,13 @@ r"""Importance weights of spans: how they are made of scores, and how they may b
 
 .. math:: w_s = k \exp(\mu \, clamp(\rho_s, L, U))
 
-(CTPD, section 3.4). Weightings differ in the log-ratio :math:`\rho` of a span: that of a contrastive pair of models, of
-the fine-tuned teacher and student, or the margin of one model. Others keep these weights and change where they lie.
+(CTPD, section 3.4, with its signs of :math:`\mu`: +1 in chosen, -1 in rejected responses). They do not follow from the
+derivation: by theorem 2 the ideal data are the real ones divided by :math:`k \exp(\mu r)`, so the weight in the loss of
+section 3.3 is one over that, :math:`\mu` with the other sign. Section 3.4 is what the authors' code computes, and what
+is computed here.
+
+Weightings differ in the log-ratio :math:`\rho` of a span: that of a contrastive pair of models, of the fine-tuned
+teacher and student, or the margin of one model. Others keep these weights and change where they lie.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ import json
 import re
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import pytest
@@ -178,6 +178,30 @@ def test_the_papers_averages_are_those_of_its_scores(number: int) -> None:
             *cells, average = paper_cells(values).values()
             mean = fmean(cell.mean for cell in cells)
             assert mean == pytest.approx(67.467 if average.mean == 67.42 else average.mean, abs=0.011), name
+
+
+# Questions of the test sets that the harness asks.
+N_QUESTIONS = {"HellaSwag": 10042, "ARC": 1172, "MMLU": 14042, "TruthfulQA": 817, "WinoGrande": 1267, "GSM8K": 1319}
+
+
+def test_four_columns_of_the_papers_errors_are_a_tenth_of_binomial_ones() -> None:
+    """What docs/tables.md says of them, and of the gaps of which they are the errors."""
+    for experiment, rows in read_table(1).paper.items():
+        cells = {name: paper_cells(values) for name, values in rows.items()}
+        binomial = {
+            name: {title: (row[title].mean * (100 - row[title].mean) / n) ** 0.5 for title, n in N_QUESTIONS.items()}
+            for name, row in cells.items()
+        }
+        ratios = {
+            title: median((cells[name][title].standard_error or 0) / binomial[name][title] for name in cells)
+            for title in N_QUESTIONS
+        }
+        tenth = {title for title, ratio in ratios.items() if ratio < 0.12}
+        assert all(ratio > 0.85 for title, ratio in ratios.items() if title not in tenth), ratios
+        assert tenth == {"ARC", "TruthfulQA", "WinoGrande"} | ({"GSM8K"} if "14b" in experiment else set())
+        gap = cells["CTPD"][AVERAGE].mean - cells["TIS-DPO"][AVERAGE].mean
+        error = sum(binomial[name][title] ** 2 for name in ("CTPD", "TIS-DPO") for title in N_QUESTIONS) ** 0.5 / 6
+        assert (round(gap, 2), round(gap / error, 1)) == ((1.26, 1.8) if "14b" in experiment else (0.66, 1.0))
 
 
 def test_the_papers_figures_stand_beside_ours_in_brackets() -> None:
