@@ -55,6 +55,8 @@ class Use:
         logit_bytes: Moved by what is computed of a logit; 0 where another use of the same tokens has them.
         weight_gradient: Whether one of the products is that of the layer's gradient.
         whole: Whether the logits are gathered over the tensor-parallel group.
+        buffers: Those as large as the logits of a chunk that stand at one time, by the storages of real steps; 0 where
+            another use of the same tokens needs more.
     """
 
     side: str
@@ -63,23 +65,22 @@ class Use:
     logit_bytes: int = 0
     weight_gradient: bool = False
     whole: bool = True
+    buffers: float = 0.0
 
 
-# Buffers as large as the logits of a chunk that stand at one time, by the storages of ULD and of DSKD.
-_LOGIT_BUFFERS = 9.4
 # What the counts above do not have of a sort: its second to fourth time, of fp32 keys and int64 places.
 _SORT_AGAIN = 3 * SORT_BYTES // 4
 
 _USES = {
     "uld": (
-        Use("student", 3, logit_bytes=ULD_STUDENT_BYTES + _SORT_AGAIN, weight_gradient=True),
-        Use("paired", 1, logit_bytes=ULD_TEACHER_BYTES + _SORT_AGAIN),
+        Use("student", 3, logit_bytes=ULD_STUDENT_BYTES + _SORT_AGAIN, weight_gradient=True, buffers=9.4),
+        Use("paired", 1, logit_bytes=ULD_TEACHER_BYTES + _SORT_AGAIN, buffers=9.4),
     ),
     "dskd": (
-        Use("student", 3, logit_bytes=DSKD_STUDENT_BYTES, weight_gradient=True),
+        Use("student", 3, logit_bytes=DSKD_STUDENT_BYTES, weight_gradient=True, buffers=7.1),
         Use("student", 1),
-        Use("student", 2, logit_bytes=DSKD_PROJECTION_BYTES),
-        Use("teacher", 2, logit_bytes=DSKD_TEACHER_BYTES),
+        Use("student", 2, logit_bytes=DSKD_PROJECTION_BYTES, buffers=4.1),
+        Use("teacher", 2, logit_bytes=DSKD_TEACHER_BYTES, buffers=7.1),
         Use("teacher", 1),
     ),
     "top_k": (
@@ -230,7 +231,7 @@ def loss_bytes(
             saved += 4 * rows * a.hidden_size
         copied = 4 * rows * a.hidden_size if device == "cpu" and element < 4 else 0
         chunk = min(tokens, _chunk(loss, use, whole, device))
-        work = max(work, 4 * _LOGIT_BUFFERS * chunk * a.vocab_size + copied)
+        work = max(work, 4 * use.buffers * chunk * a.vocab_size + copied)
     if loss.name == "dskd":
         # Inputs and outputs of projectors and attention.
         saved += tokens * (element * (3 * s + 2 * t) + 4 * (s + 5 * t))

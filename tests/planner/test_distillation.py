@@ -1,5 +1,6 @@
 """What the planner says of distillation against real steps and counted operators."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
 
 from ctpd_nemo.data.batch import Microbatch
 from ctpd_nemo.data.loader import StepBatch
@@ -121,12 +123,28 @@ def test_operations_are_those_that_torch_counts(
     assert counted.get_total_flops() == expected
 
 
+def pair_of_equal_lengths(world: TinyWorld) -> str:
+    """The row whose chosen response has as many tokens to both models, as the planner takes it to have."""
+    sides = [AutoTokenizer.from_pretrained(folder) for folder in (world.teacher, world.student)]
+
+    def apart(row: str) -> int:
+        text = json.loads(row)["chosen"][0]["content"]
+        teacher, student = (len(side(text, add_special_tokens=False)["input_ids"]) for side in sides)
+        return abs(teacher - student)
+
+    found = min(world.train.read_text(encoding="utf-8").splitlines(keepends=True), key=apart)
+    assert apart(found) == 0
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_memory_of_the_loss_is_within_a_tenth(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     seen = Seen(monkeypatch, memory=True)
-    train(job(world, tmp_path, METHODS[method], "data.global_batch_size=1"))
+    data = tmp_path / "pair.jsonl"
+    data.write_text(pair_of_equal_lengths(world))
+    train(job(world, tmp_path / "run", METHODS[method], "data.global_batch_size=1", f"data.train=[{data}]"))
     ((batch,), loss) = seen.batches, seen.loss
     assert loss is not None
     numerics = numerics_of(PrecisionConfig("fp32"), loss.student)
