@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.session.cpu_time"]
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
