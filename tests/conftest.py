@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.session.cpu_time"]
+pytest_plugins = [f"tests.session.{name}" for name in ("cpu_time", "kernels", "limits", "order")]
 
 
 @pytest.fixture(scope="session")
