@@ -1,4 +1,4 @@
-"""The one exception that stands for bad input."""
+"""Exceptions that are told in one line: bad input, and a process that has died."""
 
 # Characters of one part of a message; a library may quote all of what it could not read.
 _LONGEST = 1000
@@ -21,6 +21,14 @@ class InputError(ValueError):
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str, str]]:
         # Dataloader workers send exceptions back by pickling; rebuild from the parts, not from the joined message.
         return type(self), (self.place, self.found, self.expected)
+
+
+class WorkerDiedError(RuntimeError):
+    """A worker process has died, by no fault of the input; the message says which, and how.
+
+    The entry points in ``tools/`` print it without a traceback, which would be that of who waited for the worker, and
+    exit with status 1, as a job that can be started again.
+    """
 
 
 def _line(text: str) -> str:

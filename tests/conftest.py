@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = [f"tests.session.{name}" for name in ("cpu_time", "kernels", "limits", "order")]
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

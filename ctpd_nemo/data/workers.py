@@ -4,12 +4,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from torch.utils.data import DataLoader
 
+from ctpd_nemo.data.ahead import Ahead, WorkerContext
 from ctpd_nemo.errors import InputError
 
 T = TypeVar("T", covariant=True)
@@ -26,25 +26,32 @@ class WorkerTask(Protocol[T]):
 
 
 class WorkerLoader(DataLoader[T]):
-    """A ``DataLoader`` over a ``WorkerTask`` that raises an ``InputError`` of a worker as it was."""
+    """A ``DataLoader`` over a ``WorkerTask`` that raises an ``InputError`` of a worker as it was.
+
+    Iteration that is broken off ends the workers, within seconds whatever they do. It raises ``WorkerDiedError`` where
+    one of them has died.
+    """
 
     def __iter__(self) -> Iterator[T]:  # type: ignore[override]
         self.dataset.prepare()  # type: ignore[attr-defined]
+        if not self.num_workers:
+            yield from _raised(super().__iter__())
+            return
         self.worker_init_fn = _leave_signals_to_the_job
-        with _tokenizers_may_fork():
-            items: Iterator[T | InputError] = super().__iter__()
-        if self.num_workers:
-            items = _ahead(items)
-        error = None
-        for item in items:
-            if isinstance(item, InputError):
-                error = item
-                break
-            yield item
-        # Ends the workers now. Held by the error's traceback, they would wait seconds for the garbage collector.
-        del items
-        if error is not None:
-            raise error
+        self.multiprocessing_context = context = WorkerContext()
+        with _tokenizers_may_fork(), _children_end_unnoticed():
+            ahead = Ahead(super().__iter__(), context.workers)
+        try:
+            yield from _raised(ahead)
+        finally:
+            ahead.close()
+
+
+def _raised(items: Iterator[T | InputError]) -> Iterator[T]:
+    for item in items:
+        if isinstance(item, InputError):
+            raise item
+        yield item
 
 
 def _leave_signals_to_the_job(worker: int) -> None:
@@ -63,13 +70,15 @@ def _end_when_told_by(job: int) -> None:
     os._exit(0)
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """Take each item from the workers while the one before it is in use, as that takes milliseconds."""
-    with ThreadPoolExecutor(1, "data") as thread:
-        following = thread.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, items, None)
-            yield item
+@contextmanager
+def _children_end_unnoticed() -> Iterator[None]:
+    """Keep the handler of SIGCHLD that is there: torch's raises in the middle of whatever runs when a worker dies."""
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ctpd_nemo.errors import WorkerDiedError
+
 # Where torchrun reads what a process ended of.
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
 _ENDED = "ended-before-its-time"
@@ -18,14 +20,16 @@ _ENDED = "ended-before-its-time"
 def fail(error: BaseException, run_dir: str | None) -> None:
     """Tell of an error that ends this process: all of it in ``logs/error-rank-N.txt``, once for all on the terminal.
 
-    The rank that gets here first prints its traceback: the others mostly fail because it did.
+    The rank that gets here first prints its traceback, or one line over a dataloader worker that has died: the others
+    mostly fail because it did.
 
     Args:
         error: What was raised; call it while it is handled.
         run_dir: The run folder; ``None`` where the tool has none, or it is not known.
     """
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    told = "".join(traceback.format_exception(error))
+    one_line = isinstance(error, WorkerDiedError)
+    told = f"error: {error}\n" if one_line else "".join(traceback.format_exception(error))
     path = _write(told, rank, run_dir) if ranks > 1 else None
     first = is_first()
     if first:

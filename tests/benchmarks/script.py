@@ -1,20 +1,30 @@
 """A benchmark as its users run it, at toy size."""
 
 import json
-import os
-import subprocess
+import multiprocessing
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.forks.client import ROOT, run_forked
+
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def run_benchmark(name: str, folder: Path, *options: object) -> dict[str, Any]:
     """The JSON report of a benchmark that ran in ``folder``; its tables must have gone to standard output as well."""
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, options), "--json", "out.json", "--markdown", "out.md"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(BENCHMARKS.parent)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    arguments = [name, *map(str, options), "--json", "out.json", "--markdown", "out.md"]
+    done = run_forked(folder, function=f"{__name__}:run_as_main", arguments=arguments)
+    assert done.status == 0, done.stderr
     assert done.stdout.strip() == (folder / "out.md").read_text(encoding="utf-8").strip()
     return json.loads((folder / "out.json").read_text(encoding="utf-8"))
+
+
+def run_as_main(rank: int, name: str, *options: str) -> None:
+    """In a fork; processes that the benchmark starts for their memory of their own are forks as well."""
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment, misc, return-value]
+    sys.path.insert(0, str(BENCHMARKS))
+    sys.argv = [str(BENCHMARKS / name), *options]
+    runpy.run_path(sys.argv[0], run_name="__main__")

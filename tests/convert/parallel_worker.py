@@ -1,4 +1,4 @@
-"""Run by ``test_parallel_load`` under ``torchrun``: load folders in several layouts and compare the logits of each.
+"""Run by ``test_parallel_load`` in several processes: load folders in several layouts and compare the logits of each.
 
 Arguments: layouts as ``tensor,pipeline,virtual``, joined by ``:``; then folders. Beside each folder lies
 ``<folder>.pt`` with ``ids`` ``[T]``, the expected ``logits`` ``[T, V]``, and whether to ``save`` the loaded model as a

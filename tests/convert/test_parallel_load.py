@@ -3,9 +3,6 @@
 What they save as a distributed checkpoint, one process exports.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,27 +12,19 @@ from safetensors.torch import load_file
 
 from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
+from tests.forks.client import run_forked
 
 CASES = ["llama-rope3-tied", "qwen2", "qwen3-tied", "mistral"]
 EXPORTED = ["qwen2", "qwen3-tied"]
 LAYOUTS = ["2,1,1", "1,2,2"]  # tensor, pipeline, virtual pipeline
 
 
-def run_two(arguments: list[str]) -> str:
+def run_two(arguments: list[str], folder: Path) -> str:
     """Standard output of the worker, run by two processes."""
     worker = Path(__file__).with_name("parallel_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parents[2])}
-    with subprocess.Popen(
-        [*command, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            output, errors = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # unlike a kill, this lets it end its workers
-            raise
-    assert process.returncode == 0, errors[-4000:]
-    return output
+    done = run_forked(folder, 2, program=str(worker), arguments=arguments)
+    assert done.status == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +38,7 @@ def loaded_by_two(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory
             logits = tiny.model(ids[None]).logits[0]
         (home / name).symlink_to(tiny.folder)
         torch.save({"ids": ids, "logits": logits, "save": name in EXPORTED}, home / f"{name}.pt")
-    output = run_two([":".join(LAYOUTS), *(str(home / name) for name in CASES)])
+    output = run_two([":".join(LAYOUTS), *(str(home / name) for name in CASES)], home)
     return home, [line.split()[1:] for line in output.splitlines() if line.startswith("logits ")]
 
 

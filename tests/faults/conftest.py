@@ -1,60 +1,14 @@
 """What every test of kills shares: a process that forks, a tiny world, an account of what was tried and lost."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
+from tests.forks.client import FORKS
+from tests.forks.client import Forks as Zygote
 from tests.pipeline.recipe import small_world
-
-_ROOT = Path(__file__).resolve().parents[2]
-
-
-class Zygote:
-    """Runs jobs in forks of a process that has imported everything, see ``zygote``."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("zygote.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), "PYTHONWARNINGS": "ignore"},
-        )
-        self._answer()
-
-    def run(self, **job: Any) -> tuple[list[int], float]:
-        """Exit statuses of the ranks, and seconds."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        assert not answer["left"], f"processes that outlive their ranks: {answer['left']}"
-        return answer["statuses"], answer["seconds"]
-
-    def close(self) -> None:
-        """End it and all that it forked."""
-        family = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.kill()
-        self._process.wait()
-        for member in family:
-            if member.is_running():
-                member.kill()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the process that forks jobs has ended"
-        return json.loads(line)
 
 
 @dataclass
@@ -83,10 +37,8 @@ def account() -> Account:
 
 
 @pytest.fixture(scope="session")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
+def zygote() -> Zygote:
+    return FORKS
 
 
 @pytest.fixture(scope="session")

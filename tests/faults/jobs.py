@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from ctpd_nemo.parallel.checkpoint_files import find_damage, named_checkpoints
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.faults.conftest import Zygote
+from tests.forks.client import TOOLS
 from tests.pipeline.recipe import SMALL_BATCHES, small_job
 
 STEPS, EVERY, VALIDATE_EVERY = 6, 2, 3
@@ -36,7 +37,7 @@ class Job:
         """Run it, to its end where there is no fault and nothing is spoilt."""
         self.folder.mkdir(parents=True, exist_ok=True)
         statuses, seconds = self.zygote.run(
-            tool=self.tool,
+            program=str(TOOLS / self.tool),
             arguments=self.arguments,
             ranks=self.ranks,
             folder=str(self.folder),

@@ -69,7 +69,7 @@ def check_terminal(told: str, failing: list[int], run_dir: Path) -> Path:
 @pytest.mark.parametrize("failing", [[0, 1], pytest.param([1], marks=pytest.mark.slow)])
 def test_an_error_reaches_the_terminal_once_under_torchrun(failing: list[int], tool: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    status, stdout, stderr = run_tool(str(tool), arguments(failing, run_dir), tmp_path, processes=2)
+    status, stdout, stderr = run_tool(str(tool), arguments(failing, run_dir), tmp_path, processes=2, fresh=True)
     assert (status, stdout) == (1, "")
     # torchrun logs a line of its own, then comes its report, which names the error in a line, and where all of it is.
     ours, _, launcher = stderr.partition("torch/distributed/elastic")

@@ -1,6 +1,5 @@
 """Three processes that share a vocabulary."""
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ctpd_nemo.losses import logprobs
+from tests.forks.client import run_forked
 
 # Ranks and rows of each: one row of padding at the end of the second; a third rank that holds padding only.
 SHARED = ((2, 19), (3, 19))
@@ -16,15 +16,10 @@ _WORLD = 3
 
 
 def run_ranks(task: Callable[[int, str], None], folder: Path) -> Path:
-    """Run ``task(rank, folder)`` in three processes that start once; they write what they compute to the folder."""
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=task, args=(rank, str(folder)), daemon=True) for rank in range(_WORLD)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0] * _WORLD
+    """Run ``task(rank, folder)`` in three processes at once; they write what they compute to the folder."""
+    function = f"{task.__module__}:{task.__qualname__}"
+    done = run_forked(folder, _WORLD, function=function, arguments=[str(folder)])
+    assert done.statuses == [0] * _WORLD, done.stderr
     return folder
 
 

@@ -8,7 +8,7 @@ from ctpd_nemo.losses.dskd import Projectors, cross_attention, divergence, unit_
 
 def test_divergence_is_the_kl_of_torch_at_the_temperature() -> None:
     torch.manual_seed(0)
-    target, logits = torch.randn(5, 9), torch.randn(5, 9)
+    target, logits = torch.randn(2, 5, 9, dtype=torch.double)
     expected = F.kl_div((logits / 2).log_softmax(-1), (target / 2).softmax(-1), reduction="none").sum(-1)
     torch.testing.assert_close(divergence(target, logits, 2.0), expected)
 
@@ -31,9 +31,9 @@ def test_scores_are_scaled_by_the_root_of_the_width() -> None:
 
 def test_deviation_is_one_over_all_values_and_the_mean_stays() -> None:
     torch.manual_seed(0)
-    values = 3 + 5 * torch.randn(50, 20)
+    values = 3 + 5 * torch.randn(50, 20, dtype=torch.double)
     found = unit_deviation(values)
-    torch.testing.assert_close(found.std(), torch.tensor(1.0))
+    torch.testing.assert_close(found.std(), torch.tensor(1.0, dtype=torch.double))
     torch.testing.assert_close(found * values.std(), values)
     assert unit_deviation(values[:0]).shape == (0, 20)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ctpd_nemo.losses.preference import preference_loss
 from ctpd_nemo.losses.spans import sum_by
+from tests.rounding import of_sum
 
 # Spans of 3 pairs, responses of a pair not side by side: 0 against 3, 4 against 1, 2 against 5.
 SPANS = (3, 1, 4, 2, 5, 1)
@@ -79,7 +80,7 @@ def test_loss_is_ln_2_and_margin_zero_where_the_policy_is_the_reference() -> Non
     policy, _, weights, response = case(torch.float32)
     loss = loss_of(policy * 100, policy * 100, weights, response)
     assert loss.margin.tolist() == [0, 0, 0]
-    assert loss.pair.tolist() == pytest.approx([math.log(2)] * 3, abs=1e-7)
+    assert loss.pair.tolist() == pytest.approx([math.log(2)] * 3, rel=of_sum(4))
 
 
 def test_unit_weights_make_it_dpo_on_whole_responses() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ctpd_nemo.losses import logprobs
 from ctpd_nemo.losses.top_logprobs import top_logprobs
+from tests.rounding import Rounded, assert_within
 
 TOKENS, WIDTH, VOCAB, PADDED, K = 13, 7, 19, 22, 5
 
@@ -21,28 +22,58 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(VOCAB, (TOKENS,))
 
 
-def expected(hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    every = (hidden @ weight[:VOCAB].T).log_softmax(-1)
+def exactly(hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In fp64."""
+    every = (hidden.double() @ weight[:VOCAB].double().T).log_softmax(-1)
     return every.gather(1, labels[:, None]).squeeze(1), *every.topk(k)
+
+
+def loss(label: Tensor, top: Tensor) -> Tensor:
+    """Unequal gradients, at the label and at every place."""
+    return label.square().sum() + (top.exp() * torch.arange(1, top.shape[1] + 1, dtype=top.dtype)).sum()
+
+
+def rounded(hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> tuple[Rounded, Rounded, Rounded, Rounded]:
+    """Log-probs of the labels and the largest ones, and the gradients of ``loss``; with how far rounding moves them."""
+    of_hidden, of_weight = Rounded.given(hidden), Rounded.given(weight[:VOCAB])
+    every = (of_hidden @ of_weight.T).log_softmax()
+    words = every.exact.topk(k).indices
+    label, top = every.gather(1, labels[:, None]), every.gather(1, words)
+    of_label = torch.nn.functional.one_hot(labels, VOCAB) * (2 * label)
+    place = torch.zeros(TOKENS, VOCAB).scatter(1, words, torch.arange(1.0, k + 1).expand(TOKENS, k))
+    slope = of_label + every.exp() * place
+    slope = slope - every.exp() * slope.sum()[:, None]
+    return label.squeeze(1), top, slope @ of_weight, slope.T @ of_hidden
 
 
 @pytest.mark.parametrize("k", [1, K, VOCAB])
 def test_values_and_words_are_those_of_log_softmax(k: int) -> None:
-    found = top_logprobs(*inputs(), k, VOCAB)
-    for here, there in zip(found, expected(*inputs(), k), strict=True):
-        torch.testing.assert_close(here, there)
+    label, top, words = top_logprobs(*inputs(), k, VOCAB)
+    of_label, of_top, *_ = rounded(*inputs(), k)
+    assert_within(label, of_label)
+    assert_within(top, of_top)
+    assert torch.equal(words, exactly(*inputs(), k)[2])
 
 
 @pytest.mark.parametrize("k", [1, K, VOCAB])
 def test_gradients_are_those_of_autograd(k: int) -> None:
-    grads = []
-    for function in (lambda *given: top_logprobs(*given, k, VOCAB), lambda *given: expected(*given, k)):
-        hidden, weight, labels = inputs()
-        label, top, _ = function(hidden, weight, labels)
-        # Unequal gradients, at the label and at every place.
-        (label.square().sum() + (top.exp() * torch.arange(1.0, k + 1)).sum()).backward()
-        grads.append((hidden.grad, weight.grad))
-    torch.testing.assert_close(*grads)
+    hidden, weight, labels = inputs()
+    loss(*top_logprobs(hidden, weight, labels, k, VOCAB)[:2]).backward()
+    *_, of_hidden, of_weight = rounded(hidden, weight, labels, k)
+    assert_within(hidden.grad, of_hidden)
+    assert_within(weight.grad[:VOCAB], of_weight)
+    assert not weight.grad[VOCAB:].any()
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    loss(*exactly(exact_hidden, exact_weight, labels, k)[:2]).backward()
+    torch.testing.assert_close(of_hidden.exact, exact_hidden.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_weight.exact, exact_weight.grad[:VOCAB], rtol=1e-12, atol=1e-12)
+
+
+def test_no_two_words_are_so_near_that_rounding_decides_which_is_larger() -> None:
+    """What the comparison of words is worth."""
+    hidden, weight, _ = inputs()
+    logits = hidden.double() @ weight[:VOCAB].double().T
+    assert logits.sort(-1).values.diff(dim=-1).min() > 1e-4
 
 
 def test_no_tokens_give_zero_gradients() -> None:

@@ -51,12 +51,12 @@ def test_sums_of_spans_and_their_gradients_come_together_from_the_shares_of_the_
     response_S = torch.zeros(spans, dtype=torch.int64).index_copy(
         0, span_T, torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
     )
-    logprob_T = -torch.rand(sum(lengths), generator=draw)
-    weights_S, reference_S = torch.rand(spans, generator=draw), -torch.rand(spans, generator=draw)
+    logprob_T = -torch.rand(sum(lengths), generator=draw, dtype=torch.double)
+    weights_S, reference_S = (torch.rand(spans, generator=draw, dtype=torch.double) for _ in range(2))
     ends = torch.tensor([0, 2]), torch.tensor([1, 3])
 
     def loss(policy_S: torch.Tensor) -> torch.Tensor:
-        return preference_loss(policy_S, reference_S, weights_S, response_S, *ends, beta=0.3).total
+        return preference_loss(policy_S, -reference_S, weights_S, response_S, *ends, beta=0.3).total
 
     whole_T = logprob_T.clone().requires_grad_()
     expected = loss(sum_by(whole_T, span_T, spans))
@@ -73,7 +73,7 @@ def test_sums_of_spans_and_their_gradients_come_together_from_the_shares_of_the_
         # What the group's sum does: forward gives the total, backward hands the gradient on to this rank's part.
         seen_S = parts[rank] + (total_S - parts[rank].detach())
         found = loss(seen_S)
-        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
         found.backward()
         gradient_T[held_tokens(cu_seqlens, sum(lengths), size, rank)] = shares[rank].grad
-    torch.testing.assert_close(gradient_T, whole_T.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient_T, whole_T.grad, rtol=1e-12, atol=1e-12)
