@@ -29,7 +29,8 @@ PIECES = [
     EACH + "{{ m.role }}: {{ m['content'] }}\n{% endfor %}",
     EACH + "{{ m.content|string|trim|upper }}{{ loop.index }}{{ loop.last }}{{ loop.previtem.role }}{% endfor %}",
     EACH + "{% if not loop.first %}{% continue %}{% endif %}{{ m.role.strip().title() }}{% break %}{% endfor %}",
-    EACH + "{{ m.reasoning_content }}{{ m.thinking }}{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% endif %}{% endfor %}",
+    EACH
+    + "{{ m.reasoning_content }}{{ m.thinking }}{% if m.tool_calls %}{{ m.tool_calls|tojson }}{% endif %}{% endfor %}",
     "{{ messages|tojson(indent=2) }}{{ messages|tojson(separators=(',', ':'), sort_keys=true, ensure_ascii=true) }}",
     "{{ tools|tojson|safe }}{{ tools|tojson(indent=4)|indent(2) }}{{ 'é'|tojson }}{{ '<b>'|e }}{{ ('<'|safe) + '<' }}",
     "{% set x = messages|selectattr('role', 'equalto', 'tool') %}{% if x %}always{% endif %}{{ x|list|length }}",
@@ -43,7 +44,9 @@ PIECES = [
     "{{ 'a,b,,c'.split(',') }}{{ 'a b'.rsplit(' ', 1)[0] }}{{ ','.join(['a', 'b']) }}{{ 'abc'[::-1][:2] }}{{ 'abc'[1] }}",
     "{{ 'x</think>y'.split('</think>')[-1].lstrip('\n') }}{{ 'aXb'.replace('X', 'YY') }}{{ 'abc'|replace('b', '') }}",
     "{{ 'a'.startswith('a') }}{{ 'abc'.find('c') }}{{ 'a-b'.partition('-') }}{{ 'ab'.removeprefix('a') }}{{ 'a'.isdigit() }}",
-    "{% set ns = namespace(n=0, l=[]) %}" + EACH + "{% set ns.n = ns.n + 1 %}{% set ns.l = ns.l + [ns.n] %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(n=0, l=[]) %}"
+    + EACH
+    + "{% set ns.n = ns.n + 1 %}{% set ns.l = ns.l + [ns.n] %}{% endfor %}{{ ns.l }}",
     "{% macro f(a, b='x') %}<{{ a }}{{ b }}{{ caller() if caller else '' }}>{% endmacro %}{{ f('y') }}{% call f(1) %}c{% endcall %}",
     "{% set body %}{{ messages[0].role }}!{% endset %}{{ body }}{% filter upper %}abc{% endfilter %}{{ body|capitalize }}",
     "{% generation %}{{ messages[-1].content }}{% endgeneration %}{% if add_generation_prompt %}>{% endif %}{{ bos_token }}",
