@@ -65,7 +65,7 @@ def _plain(config: Any) -> Any:
 
 
 def check_literal(values: Any, place: str, key: str = "") -> None:
-    """Stop where values that were read from a folder ask to be filled in, as by a variable of this process's environment.
+    """Stop where values that were read from a folder ask to be filled in, as by a variable of the environment.
 
     Args:
         values: Mappings, lists and what they hold.
