@@ -6,16 +6,17 @@ from typing import Any
 
 from ctpd_nemo.errors import InputError
 
-# The index of a model of 100,000 tensors has some ten million bytes.
+# A manifest of a checkpoint of thousands of ranks has some ten million bytes.
 _LARGEST = 256 * 1024 * 1024
 
 
-def read_object(path: str | Path, expected: str = "a JSON object") -> dict[str, Any]:
+def read_object(path: str | Path, expected: str = "a JSON object", largest: int = _LARGEST) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Args:
         path: The file.
         expected: What it should hold, for errors.
+        largest: Bytes that it may have.
 
     Raises:
         InputError: It cannot be read, holds no JSON or JSON of another type, or is larger than any such file.
@@ -24,8 +25,8 @@ def read_object(path: str | Path, expected: str = "a JSON object") -> dict[str, 
     try:
         if not path.is_file():
             raise InputError(str(path), "no such file" if not path.exists() else "no regular file", expected)
-        if path.stat().st_size > _LARGEST:
-            raise InputError(str(path), f"{path.stat().st_size:,} bytes", f"{expected}, of {_LARGEST:,} bytes at most")
+        if path.stat().st_size > largest:
+            raise InputError(str(path), f"{path.stat().st_size:,} bytes", f"{expected}, of {largest:,} bytes at most")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(str(path), f"a file that cannot be read ({error.strerror})", expected) from error

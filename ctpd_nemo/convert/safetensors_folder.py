@@ -15,6 +15,8 @@ from ctpd_nemo.json_files import read_object
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+# That of a model of 100,000 tensors has some ten million bytes.
+_LARGEST_INDEX = 32 * 1024 * 1024
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -110,7 +112,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if not path.is_file():
         raise InputError(str(folder), f"neither {SINGLE_FILE} nor {INDEX_FILE}", "weights in the safetensors format")
-    shards = read_object(path, "a safetensors index").get("weight_map")
+    shards = read_object(path, "a safetensors index", _LARGEST_INDEX).get("weight_map")
     if not isinstance(shards, dict):
         raise InputError(str(path), f"weight_map = {shards!r}", "a safetensors index")
     if not shards:

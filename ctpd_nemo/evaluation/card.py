@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.front_matter import read_card, split_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.text_files import replace_text
 
@@ -31,9 +32,9 @@ _SECTIONS = ("method", "optim", "trainer", "data", "precision", "parallel")
 # Fingerprints of a run that say in other words what the config says.
 _NOT_DATA = ("method", "optim", "steps", "precision")
 _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
+_LONGEST_LICENCE = 200
 # Of ``huggingface_hub``: models--OWNER--NAME/snapshots/COMMIT.
 _CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?\Z")
-_FRONT = re.compile(r"\A---\s*\n(.*?\n)---\s*\n", re.DOTALL)
 
 
 def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name: str | None = None) -> bool:
@@ -64,7 +65,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
     own: dict[str, Any] = {}
     if path.exists():
         # With bytes of another encoding it is a user's own.
-        parts = _own_text(path.read_bytes().decode("utf-8", "replace"))
+        text = read_card(path)
+        parts = None if text is None else _own_text(text)
         if parts is None:
             logger.warning("%s has no marks of ours: left as it is", path)
             return False
@@ -98,14 +100,10 @@ def _own_text(text: str) -> tuple[dict[str, Any], str, str] | None:
     """The user's metadata, and text before and after our part; ``None`` where the card is not ours."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         return None
-    front = _FRONT.match(text)
-    try:
-        metadata = yaml.safe_load(front.group(1)) if front else {}
-    except yaml.YAMLError:
+    parts = split_card(text)
+    if parts is None:
         return None
-    if not isinstance(metadata, dict):
-        return None
-    rest = text[front.end() :] if front else text
+    metadata, rest = parts
     return metadata, rest[: rest.index(BEGIN)], rest[rest.index(END) + len(END) :]
 
 
@@ -286,19 +284,15 @@ def base_model(folder: str | Path) -> Path:
 def stated_licence(folder: str | Path) -> str | None:
     """What a model folder says of its licence: in its card's metadata, else the first line of a licence file."""
     folder = Path(folder)
-    readme = folder / "README.md"
-    if readme.is_file():
-        front = _FRONT.match(readme.read_text(encoding="utf-8", errors="replace"))
-        try:
-            metadata = yaml.safe_load(front.group(1)) if front else None
-        except yaml.YAMLError:
-            metadata = None
-        if isinstance(metadata, dict) and metadata.get("license"):
-            return str(metadata.get("license_name") or metadata["license"])
+    metadata, _ = split_card(read_card(folder / "README.md") or "") or ({}, "")
+    for key in ("license_name", "license"):
+        # What is no text is none of a licence's names, and may be larger than anyone prints.
+        if metadata.get("license") and isinstance(stated := metadata.get(key), str) and stated:
+            return stated[:_LONGEST_LICENCE]
     for path in sorted(folder.glob("LICENSE*")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (read_card(path) or "").splitlines()
         if first := next((line.strip() for line in lines if line.strip()), None):
-            return f"{path.name}: {first[:200]}"
+            return f"{path.name}: {first[:_LONGEST_LICENCE]}"
     return None
 
 

@@ -11,7 +11,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import FOLDERS
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.methods import METHODS
-from ctpd_nemo.pipeline.config import run_config
+from ctpd_nemo.pipeline.config import check_literal, run_config
 from ctpd_nemo.pipeline.origin import CONFIG, read_config, read_starts
 
 FLAG = "--from-run"
@@ -52,15 +52,17 @@ def offer_config(folder: str) -> str:
         The name that Hydra finds it under.
 
     Raises:
-        InputError: The folder has no config of a training job.
+        InputError: The folder has no config of a training job, or one that asks for something to be filled in.
     """
     from hydra.core.config_store import ConfigStore
 
     path = Path(folder)
     if not path.name or path.name == "..":
         path = path.resolve()
+    values = read_config(path)
+    check_literal(values, str(path / CONFIG))
     try:
-        run = run_config(OmegaConf.create(read_config(path)))
+        run = run_config(OmegaConf.create(values))
     except InputError as error:
         if error.place == str(path / CONFIG):
             raise
@@ -71,6 +73,8 @@ def offer_config(folder: str) -> str:
     if starts and isinstance(before := starts[-1].get("folder"), str) and before != os.getcwd():
         _make_absolute(run, Path(before))
     run.run_dir, run.from_run = str(path.with_name(f"{path.name}-again")), str(path)
+    # Names of folders, too, are someone's choice.
+    check_literal(asdict(run), str(path / CONFIG))
     ConfigStore.instance().store(name=CONFIG_NAME, node=OmegaConf.create(asdict(run)))
     return CONFIG_NAME
 

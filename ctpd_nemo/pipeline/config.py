@@ -64,6 +64,32 @@ def _plain(config: Any) -> Any:
         raise InputError(str(error.full_key), message, "a value") from error
 
 
+def check_literal(values: Any, place: str, key: str = "") -> None:
+    """Stop where values that were read from a folder ask to be filled in, as by a variable of the environment.
+
+    Args:
+        values: Mappings, lists and what they hold.
+        place: Where they were read.
+        key: What they stand under.
+
+    Raises:
+        InputError: It names the key of a text, or the name of a key, that holds ``${``.
+    """
+    if isinstance(values, str):
+        if "${" in values:
+            raise InputError(
+                f"{place}, {key}", repr(values), "a value without ${...}: nothing of a folder is filled in"
+            )
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            inner = f"{key}.{name}".removeprefix(".")
+            check_literal(name, place, inner)
+            check_literal(value, place, inner)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            check_literal(value, place, key)
+
+
 def run_config(config: DictConfig) -> RunConfig:
     """The config of a training or scoring job.
 

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.origin import Origin, read_origin
+from ctpd_nemo.pipeline.config import check_literal, run_config
+from ctpd_nemo.pipeline.origin import CONFIG, FILE, Origin, read_origin
 from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_folder import Job
@@ -32,6 +32,9 @@ def differences(job: Job) -> tuple[str, list[tuple[str, str, str]] | None]:
         return "not known: the job was not started by one of the tools, or wrote no config", None
     name = f"conf/experiment/{origin.experiment}.yaml" if origin.experiment else f"conf/{origin.config}.yaml"
     try:
+        # Hydra would fill in what a folder that someone else wrote asks for, and the page would show it.
+        check_literal(job.config, str(job.folder / CONFIG))
+        check_literal([origin.config, origin.experiment, origin.method], str(job.folder / FILE))
         expected = _expected(job, origin)
     except InputError as error:
         return f"{name} as it is now makes no such job ({error})", None

@@ -1,6 +1,7 @@
 """``--from-run``: which command lines name a run, and which folders have one."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -99,6 +100,48 @@ def test_an_export_has_the_config_of_its_run(tmp_path: Path) -> None:
     (export / "ctpd_nemo.json").write_text('{"config": {}}')
     with pytest.raises(InputError, match=r"ctpd_nemo\.json, config: found \{\}; expected the config of the run"):
         offer_config(str(export))
+
+
+def _leaves(values: object, *keys: object) -> Iterator[tuple[object, ...]]:
+    if isinstance(values, dict):
+        yield keys
+        for key, value in values.items():
+            yield from _leaves(value, *keys, key)
+    else:
+        yield keys
+
+
+def _set(values: dict[str, object], keys: tuple[object, ...], value: object) -> object:
+    if not keys:
+        return value
+    return {**values, keys[0]: _set(values[keys[0]], keys[1:], value)}  # type: ignore[arg-type,index]
+
+
+@pytest.mark.parametrize("record", ["config.json", "ctpd_nemo.json"])
+def test_nothing_that_a_folder_asks_for_is_filled_in(
+    record: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any key, in a list, as the name of a key, and in the records beside the config."""
+    monkeypatch.setenv("SOME_SECRET", "s3cr3t")
+    run = written(tmp_path / "run", "method=dpo")
+    config = json.loads((run / "config.json").read_text())
+    for keys in _leaves(config):
+        for value in ("${oc.env:SOME_SECRET}", ["a", "b/${oc.env:SOME_SECRET}"], {"x${oc.env:SOME_SECRET}": 1}):
+            asking = _set(config, keys, value)
+            (run / record).write_text(json.dumps({"config": asking} if record == "ctpd_nemo.json" else asking))
+            with pytest.raises(InputError) as error:
+                offer_config(str(run))
+            assert "s3cr3t" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["starts", "name"])
+def test_no_folder_is_named_by_what_it_asks_for(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", "s3cr3t")
+    name, ran_in = ("run", "/${oc.env:SOME_SECRET}") if where == "starts" else ("${oc.env:SOME_SECRET}", None)
+    run = written(tmp_path / "run", "method=dpo", "model.student.path=student", ran_in=ran_in).rename(tmp_path / name)
+    with pytest.raises(InputError, match=r"expected a value without \$\{\.\.\.\}") as error:
+        offer_config(str(run))
+    assert "s3cr3t" not in str(error.value)
 
 
 def test_a_folder_without_a_record_of_training_is_named(tmp_path: Path) -> None:

@@ -84,6 +84,18 @@ def test_hostile_names_and_values_stay_text(job: Path) -> None:
     assert "'><script>x" in names
 
 
+@pytest.mark.parametrize("key", ["run_dir", "experiment", "method"])
+def test_a_page_fills_nothing_in_that_its_folder_asks_for(job: Path, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET", "s3cr3t")
+    asked = "${oc.env:SOME_SECRET}/x"
+    config = {"method": {"name": "sft"}, "run_dir": asked if key == "run_dir" else "runs/x"}
+    (job / "config.json").write_text(json.dumps(config))
+    origin = {"config": "pipeline", "experiment": None, "method": None, "overrides": [f"seed={asked}"]}
+    (job / "origin.json").write_text(json.dumps({**origin, **({} if key == "run_dir" else {key: asked})}))
+    of_run(job)
+    assert "s3cr3t" not in (job / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "stage.json", "origin.json", "export/evaluation.json", "metrics.jsonl"]
 )
