@@ -190,7 +190,7 @@ class PairEncoder:
         differences: list[tuple[str, ...]] = [(), ()]
         for name, side in sides.items():
             rendered, readings = side.read(pair.prompt, texts, pair.place)
-            prompts[name] = [Prompt(pair.prompt, rendered, one.own_opening, pair.place) for one in readings]
+            prompts[name] = [Prompt(pair.prompt, rendered, one.opening, pair.place) for one in readings]
             differences = [
                 (*known, f"{name}_{one.difference}") if one.difference else known
                 for known, one in zip(differences, readings, strict=True)

@@ -64,16 +64,14 @@ class Reading:
     """A response in its place.
 
     Attributes:
-        opening: Of the prompt that it follows.
+        opening: Of the prompt where the response is trained as it is.
         text: The response as the template writes it.
         difference: Why that is not the response itself, ``WHITE_SPACE`` or ``REASONING``; empty where it is.
-        own_opening: Of the prompt where the response is trained as it is.
     """
 
     opening: Opening
     text: str
     difference: str
-    own_opening: Opening
 
 
 def turn_opening(prompt: str, written: str) -> tuple[Opening, Opening]:
@@ -118,14 +116,14 @@ def read_response(style: TurnStyle, prompt: str, conversation: str, response: st
         if conversation.startswith(before) and conversation.startswith(response, len(before)):
             behind = conversation[len(before) + len(response) :]
             if behind == style.closing or (style.end and behind.lstrip().startswith(style.end)):
-                return Reading(trained, response, "", trained)
+                return Reading(trained, response, "")
     for before, trained in sorted(places, key=lambda place: -len(place[0])):
         if conversation.startswith(before) and conversation.endswith(style.closing):
             text = conversation[len(before) : len(conversation) - len(style.closing)]
             difference = _difference(response, text)
             if difference:
-                own = _own_opening(prompt, response) if difference == REASONING else trained
-                return Reading(trained, text, difference, own)
+                opening = _own_opening(prompt, response) if difference == REASONING else trained
+                return Reading(opening, text, difference)
     raise MismatchError(prompt + response + style.closing, conversation)
 
 
