@@ -20,6 +20,8 @@ class DataConfig:
         max_length: Longest sequence, prompt and response, in tokens of either tokenizer.
         max_prompt_length: Longest prompt in tokens; a pair with a longer one is skipped and counted. ``None``: any.
         include_eos: Whether the end of the turn is trained and scored, as one last span of its own.
+        response_text: "written" trains responses as the data has them, "rendered" as the chat templates of both sides
+            write them: without the white space around them, or the reasoning in them, that a template drops.
         global_batch_size: Pairs an optimizer step.
         microbatch_tokens: Tokens a microbatch holds at most; at least ``2 * max_length``, so that any pair fits.
         packing: "packed" puts sequences end to end; "padded" pads each to the longest of its microbatch.
@@ -37,6 +39,7 @@ class DataConfig:
     max_length: int = 2048
     max_prompt_length: int | None = None
     include_eos: bool = True
+    response_text: str = "written"
     global_batch_size: int = 16
     microbatch_tokens: int = 4096
     packing: str = "packed"
@@ -50,6 +53,8 @@ class DataConfig:
             raise InputError("data.on_bad", repr(self.on_bad), "stop or skip")
         if self.packing not in ("packed", "padded"):
             raise InputError("data.packing", repr(self.packing), "packed or padded")
+        if self.response_text not in ("written", "rendered"):
+            raise InputError("data.response_text", repr(self.response_text), "written or rendered")
         for name in ("max_length", "global_batch_size", "microbatch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}", str(getattr(self, name)), "1 or more")

@@ -7,13 +7,21 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.chat_template import RefusedConversationError
 from ctpd_nemo.data.forms import PreferencePair
-from ctpd_nemo.data.templates import Side
+from ctpd_nemo.data.templates import Prompt, Side
+from ctpd_nemo.data.turns import REASONING, WHITE_SPACE
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans import AlignedSpans, align_batch
 
 SideName = Literal["policy", "reference"]
 Responses = tuple[Literal["chosen"]] | tuple[Literal["chosen"], Literal["rejected"]]
+
+RESPONSE_TEXTS = ("written", "rendered")
+# Of which side's template, and in what, a response that is trained as it is written is not as that template writes it.
+DIFFERENCES = tuple(f"{side}_{what}" for side in ("policy", "reference") for what in (WHITE_SPACE, REASONING))
+# A template that goes on changing its own text is none to follow.
+_MOST_RENDERINGS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class EncodedResponse:
         bounds: int64, byte bounds in the response's text of the spans kept, the first 0; the end of turn has none.
         n_spans: Spans of the response; the end of turn is the last of them where there is one.
         truncated: Whether the response's end was cut off to fit; such a response has no end of turn.
+        differences: Those of ``DIFFERENCES`` that it has.
     """
 
     policy: SideTokens
@@ -51,6 +60,7 @@ class EncodedResponse:
     bounds: NDArray[np.int64]
     n_spans: int
     truncated: bool
+    differences: tuple[str, ...] = ()
 
     def side(self, name: SideName) -> SideTokens:
         """The tokens of one side."""
@@ -90,9 +100,9 @@ class Skipped:
 class PairEncoder:
     """Renders prompts with each side's template and cuts responses into shared spans.
 
-    A response is tokenized by itself and stands between the rendered prompt and the end of turn. A sequence that is too
-    long loses the end of its response, on both sides at the same span bound. Prompts are never cut: half a template is
-    no prompt.
+    A response is tokenized by itself and stands between what the template writes before it and the end of turn. A
+    sequence that is too long loses the end of its response, on both sides at the same span bound. Prompts are never
+    cut: half a template is no prompt.
     """
 
     def __init__(
@@ -102,6 +112,7 @@ class PairEncoder:
         include_eos: bool,
         max_length: int,
         max_prompt_length: int | None = None,
+        response_text: str = "written",
     ) -> None:
         """Set up the two sides; limits are in tokens and hold on either side.
 
@@ -111,22 +122,34 @@ class PairEncoder:
             include_eos: Whether the end of turn is a last span of every whole response.
             max_length: Longest sequence: a prompt and a response.
             max_prompt_length: Longest prompt; ``None`` for any that leaves room for a response.
+            response_text: "written" takes responses as they are in the data, "rendered" as the templates write them.
 
         Raises:
-            InputError: A limit is not positive.
+            InputError: A limit is not positive, or ``response_text`` is something else.
         """
         for key, limit in (("max_length", max_length), ("max_prompt_length", max_prompt_length)):
             if limit is not None and limit < 1:
                 raise InputError(f"data.{key}", str(limit), "a positive number of tokens")
+        if response_text not in RESPONSE_TEXTS:
+            raise InputError("data.response_text", repr(response_text), " or ".join(RESPONSE_TEXTS))
         self.policy = policy
         self.include_eos = include_eos
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
-        self._same_tokenizer = reference is None or reference.tokenizer_fingerprint == policy.tokenizer_fingerprint
+        self.response_text = response_text
+        self._same_tokenizer = reference is None or reference.reads_responses_as(policy)
         self.one_sided = reference is None or (
             self._same_tokenizer and reference.template_fingerprint == policy.template_fingerprint
         )
         self.reference = policy if reference is None or self.one_sided else reference
+
+    @property
+    def lengths(self) -> str:
+        """What is cut and kept of a sequence, as fingerprints say it."""
+        told = (
+            f"max_length {self.max_length}, max_prompt_length {self.max_prompt_length}, include_eos {self.include_eos}"
+        )
+        return told if self.response_text == "written" else f"{told}, response_text {self.response_text}"
 
     def prepare(self) -> None:
         """Build what alignment keeps for each tokenizer, so that processes forked later share it."""
@@ -136,34 +159,76 @@ class PairEncoder:
         """Encode pairs, in order; their rows in the dataset are ``indices``.
 
         Raises:
-            InputError: A template refuses a prompt.
+            RefusedConversationError: A template refuses a pair.
         """
-        prompts, places = [pair.prompt for pair in pairs], [pair.place for pair in pairs]
-        policy_prompts = self.policy.render_prompts(prompts, places)
-        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts, places)
-        spans = self._align([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-        chosen_spans, rejected_spans = spans[: len(pairs)], spans[len(pairs) :]
-        rows = zip(indices, pairs, policy_prompts, reference_prompts, chosen_spans, rejected_spans, strict=True)
-        return [self._encode_pair(*row) for row in rows]
+        read = [self._read(pair) for pair in pairs]
+        policy_prompts = self._prompt_ids(self.policy, [one.prompts["policy"] for one in read])
+        reference_prompts = policy_prompts
+        if not self.one_sided:
+            reference_prompts = self._prompt_ids(self.reference, [one.prompts["reference"] for one in read])
+        spans = self._align([one.texts[number] for number in range(2) for one in read])
+        encoded = []
+        for number, (index, pair, one) in enumerate(zip(indices, pairs, read, strict=True)):
+            prompts = zip(policy_prompts[number], reference_prompts[number], strict=True)
+            own_spans = spans[number :: len(pairs)]
+            responses = [
+                _Response(*both, own, found)
+                for both, own, found in zip(prompts, own_spans, one.differences, strict=True)
+            ]
+            encoded.append(self._encode_pair(index, pair, responses))
+        return encoded
+
+    def _read(self, pair: PreferencePair) -> "_Read":
+        """Find the responses of a pair in the conversations that each side's template writes."""
+        sides: dict[SideName, Side] = {"policy": self.policy}
+        if not self.one_sided:
+            sides["reference"] = self.reference
+        texts = (pair.chosen, pair.rejected)
+        if self.response_text == "rendered":
+            texts = self._as_rendered(pair, list(sides.values()))
+        prompts: dict[SideName, list[Prompt]] = {}
+        differences: list[tuple[str, ...]] = [(), ()]
+        for name, side in sides.items():
+            rendered, readings = side.read(pair.prompt, texts, pair.place)
+            prompts[name] = [Prompt(pair.prompt, rendered, one.opening, pair.place) for one in readings]
+            differences = [
+                (*known, f"{name}_{one.difference}") if one.difference else known
+                for known, one in zip(differences, readings, strict=True)
+            ]
+        return _Read(texts, prompts, differences)
+
+    def _as_rendered(self, pair: PreferencePair, sides: Sequence[Side]) -> tuple[str, str]:
+        """The responses as the templates write them: as one does, and so on until no template changes them.
+
+        Raises:
+            RefusedConversationError: They go on and on.
+        """
+        texts = (pair.chosen, pair.rejected)
+        for _ in range(_MOST_RENDERINGS):
+            before = texts
+            for side in sides:
+                chosen, rejected = side.read(pair.prompt, texts, pair.place)[1]
+                texts = (chosen.text, rejected.text)
+            if texts == before:
+                return texts
+        found = "a response that the templates write otherwise each time"
+        raise RefusedConversationError(pair.place, found, "data.response_text=written", "rewritten_by_template")
+
+    def _prompt_ids(self, side: Side, prompts: Sequence[Sequence[Prompt]]) -> list[list[NDArray[np.int32]]]:
+        """Ids of what stands before each response of each pair; where that is alike they are the same array."""
+        different = {(number, one.opening): one for number, row in enumerate(prompts) for one in row}
+        ids = dict(zip(different, side.encode_prompts(list(different.values())), strict=True))
+        return [[ids[number, one.opening] for one in row] for number, row in enumerate(prompts)]
 
     def _align(self, texts: list[str]) -> list[AlignedSpans]:
-        policy = self.policy.tokenizer
-        return align_batch(texts, policy if self._same_tokenizer else self.reference.tokenizer, policy)
+        policy = self.policy.reader
+        return align_batch(texts, policy if self._same_tokenizer else self.reference.reader, policy)
 
-    def _encode_pair(
-        self,
-        index: int,
-        pair: PreferencePair,
-        policy_prompt: NDArray[np.int32],
-        reference_prompt: NDArray[np.int32],
-        chosen_spans: AlignedSpans,
-        rejected_spans: AlignedSpans,
-    ) -> EncodedPair | Skipped:
-        longest = max(len(policy_prompt), len(reference_prompt))
+    def _encode_pair(self, index: int, pair: PreferencePair, responses: Sequence["_Response"]) -> EncodedPair | Skipped:
+        longest = max(len(ids) for response in responses for ids in (response.policy_prompt, response.reference_prompt))
         if self.max_prompt_length is not None and longest > self.max_prompt_length:
             return Skipped(index, pair.id, "prompt_too_long")
-        chosen = self._encode_response(policy_prompt, reference_prompt, chosen_spans)
-        rejected = self._encode_response(policy_prompt, reference_prompt, rejected_spans)
+        chosen, rejected = map(self._encode_response, responses)
         if chosen is None or rejected is None:
             return Skipped(index, pair.id, "too_long")
         if np.array_equal(chosen.policy.response_ids, rejected.policy.response_ids):
@@ -171,13 +236,12 @@ class PairEncoder:
             return Skipped(index, pair.id, "equal_after_truncation" if truncated else "equal_tokens")
         return EncodedPair(index, pair.id, chosen, rejected)
 
-    def _encode_response(
-        self, policy_prompt: NDArray[np.int32], reference_prompt: NDArray[np.int32], spans: AlignedSpans
-    ) -> EncodedResponse | None:
+    def _encode_response(self, response: "_Response") -> EncodedResponse | None:
         """Cut a response to what fits both sides; ``None`` where no span does."""
+        spans = response.spans
         sides = (
-            (self.policy, policy_prompt, spans.student_ids, spans.student_span),
-            (self.reference, reference_prompt, spans.teacher_ids, spans.teacher_span),
+            (self.policy, response.policy_prompt, spans.student_ids, spans.student_span),
+            (self.reference, response.reference_prompt, spans.teacher_ids, spans.teacher_span),
         )
         end_of_turn = [len(side.end_of_turn_ids) if self.include_eos else 0 for side, *_ in sides]
         room = [self.max_length - len(prompt) for _, prompt, _, _ in sides]
@@ -193,10 +257,33 @@ class PairEncoder:
             return None
         with_end = self.include_eos and not truncated
         policy, reference = (_tokens(*side, n_text_spans, with_end) for side in sides)
-        bounds = spans.bounds[: n_text_spans + 1]
         return EncodedResponse(
-            policy, policy if self.one_sided else reference, bounds, n_text_spans + with_end, truncated
+            policy,
+            policy if self.one_sided else reference,
+            spans.bounds[: n_text_spans + 1],
+            n_text_spans + with_end,
+            truncated,
+            response.differences,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A pair as the templates write it: both responses, what stands before them, and how they differ from theirs."""
+
+    texts: tuple[str, str]
+    prompts: dict[SideName, list[Prompt]]
+    differences: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Response:
+    """A response in tokens, before it is cut."""
+
+    policy_prompt: NDArray[np.int32]
+    reference_prompt: NDArray[np.int32]
+    spans: AlignedSpans
+    differences: tuple[str, ...]
 
 
 def _spans_that_fit(token_span: NDArray[np.int32], n_spans: int, room: int) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpd_nemo.data.encode import (
+    DIFFERENCES,
     SKIP_REASONS,
     EncodedPair,
     EncodedResponse,
@@ -41,7 +42,8 @@ PAIRS_PER_SHARD = 1024
 MANIFEST = "manifest.json"
 CHECKS = "checks.json"
 SIDES: tuple[SideName, ...] = ("policy", "reference")
-# Lengths by side, by response, or by response and side; ``skipped`` is 0, or counts in SKIP_REASONS from 1.
+# Lengths by side, by response, or by response and side; ``skipped`` is 0, or counts in SKIP_REASONS from 1. The lowest
+# bit of ``truncated`` says whether a response is, those above it which of DIFFERENCES it has.
 RECORD = np.dtype(
     [
         ("tokens_at", "<i8"),
@@ -88,8 +90,7 @@ class Manifest:
                 "data": dataset.fingerprint,
                 **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
                 **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
-                "lengths": f"max_length {encoder.max_length}, max_prompt_length {encoder.max_prompt_length}, "
-                f"include_eos {encoder.include_eos}",
+                "lengths": encoder.lengths,
             },
         )
 
@@ -237,14 +238,16 @@ class EncodedDataset:
         prompts = [next(parts) for _ in range(1 if self.manifest.one_sided else 2)]
         responses = []
         for number in range(2):
-            sides = [SideTokens(prompt, next(parts), next(parts)) for prompt in prompts]
+            sides = [_with_own_prompt(SideTokens(prompt, next(parts), next(parts))) for prompt in prompts]
+            flags = int(record["truncated"][number])
             responses.append(
                 EncodedResponse(
                     sides[0],
                     sides[-1],
                     next(parts).astype(np.int64),
                     int(record["spans"][number]),
-                    bool(record["truncated"][number]),
+                    bool(flags & 1),
+                    tuple(name for bit, name in enumerate(DIFFERENCES, start=1) if flags >> bit & 1),
                 )
             )
         return EncodedPair(int(row), pair_id, *responses)
@@ -259,6 +262,42 @@ def _parts(tokens: NDArray[np.int32], record: Any, n_sides: int) -> Iterator[NDA
     for length in lengths:
         yield tokens[at : at + length]
         at += length
+
+
+def flags_of(response: EncodedResponse) -> int:
+    """What ``truncated`` of a record says of a response."""
+    bits = [1 << DIFFERENCES.index(name) + 1 for name in response.differences]
+    return int(response.truncated) + sum(bits)
+
+
+def shared_prompt(first: SideTokens, second: SideTokens) -> NDArray[np.int32]:
+    """The tokens that the prompts of a pair's responses begin with alike: mostly all of them."""
+    if first.prompt_ids is second.prompt_ids:
+        return first.prompt_ids
+    shorter = min(len(first.prompt_ids), len(second.prompt_ids))
+    differs = np.flatnonzero(first.prompt_ids[:shorter] != second.prompt_ids[:shorter])
+    return first.prompt_ids[: differs[0] if len(differs) else shorter]
+
+
+def without_own_prompt(tokens: SideTokens, shared: int) -> SideTokens:
+    """The same with what its prompt has beyond the shared part in front of the response, in no span."""
+    own = tokens.prompt_ids[shared:]
+    if not len(own):
+        return tokens
+    return SideTokens(
+        tokens.prompt_ids[:shared],
+        np.concatenate([own, tokens.response_ids]),
+        np.concatenate([np.full(len(own), -1, dtype=np.int32), tokens.response_span]),
+    )
+
+
+def _with_own_prompt(tokens: SideTokens) -> SideTokens:
+    """The inverse of ``without_own_prompt``."""
+    if not len(tokens.response_span) or tokens.response_span[0] >= 0:
+        return tokens
+    own = int(np.argmax(tokens.response_span >= 0))
+    prompt = np.concatenate([tokens.prompt_ids, tokens.response_ids[:own]])
+    return SideTokens(prompt, tokens.response_ids[own:], tokens.response_span[own:])
 
 
 def verify_shard(folder: Path, shard: int) -> None:

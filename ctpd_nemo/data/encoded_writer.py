@@ -20,8 +20,11 @@ from ctpd_nemo.data.encoded import (
     SIDES,
     Manifest,
     checksum,
+    flags_of,
     shard_folder,
+    shared_prompt,
     verify_shard,
+    without_own_prompt,
 )
 from ctpd_nemo.data.source import PairSource
 from ctpd_nemo.data.workers import WorkerLoader
@@ -148,13 +151,18 @@ def _fill(record: Any, pair: EncodedPair | Skipped, n_sides: int) -> list[NDArra
         record["skipped"] = 1 + SKIP_REASONS.index(pair.reason)
         return []
     responses: tuple[EncodedResponse, ...] = (pair.chosen, pair.rejected)
-    sides = [[response.side(name) for name in SIDES] for response in responses]
-    record["prompt"] = [len(tokens.prompt_ids) for tokens in sides[0]]
+    both = [[response.side(name) for response in responses] for name in SIDES]
+    prompts = [shared_prompt(*tokens) for tokens in both]
+    sides = [
+        [without_own_prompt(tokens[number], len(prompt)) for tokens, prompt in zip(both, prompts, strict=True)]
+        for number in range(len(responses))
+    ]
+    record["prompt"] = [len(prompt) for prompt in prompts]
     record["response"] = [[len(tokens.response_ids) for tokens in row] for row in sides]
     record["bounds"] = [len(response.bounds) for response in responses]
     record["spans"] = [response.n_spans for response in responses]
-    record["truncated"] = [response.truncated for response in responses]
-    parts = [tokens.prompt_ids for tokens in sides[0][:n_sides]]
+    record["truncated"] = [flags_of(response) for response in responses]
+    parts = prompts[:n_sides]
     for response, row in zip(responses, sides, strict=True):
         parts += [part for tokens in row[:n_sides] for part in (tokens.response_ids, tokens.response_span)]
         parts.append(response.bounds.astype(np.int32))

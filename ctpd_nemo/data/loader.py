@@ -68,6 +68,7 @@ class StepStats:
         pairs: Pairs in the microbatches.
         truncated: Responses whose end was cut off.
         skipped: Pairs left out, by reason; the global batch is smaller by them.
+        differing: Responses that are not as a template writes them, by ``encode.DIFFERENCES``.
         tokens: Tokens of the sequences, without padding.
         response_tokens: Those of them that have a loss.
         padding: Tokens of padding.
@@ -79,6 +80,7 @@ class StepStats:
     tokens: int = 0
     response_tokens: int = 0
     padding: int = 0
+    differing: Counter[str] = field(default_factory=Counter)
 
     def __add__(self, other: "StepStats") -> "StepStats":
         return StepStats(
@@ -88,12 +90,17 @@ class StepStats:
             self.tokens + other.tokens,
             self.response_tokens + other.response_tokens,
             self.padding + other.padding,
+            self.differing + other.differing,
         )
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{reason} {count}" for reason, count in self.skipped.most_common())
         skipped = f"{self.skipped.total()} skipped" + (f" ({reasons})" if reasons else "")
-        return f"{self.pairs} pairs, {skipped}, {self.truncated} responses truncated"
+        told = f"{self.pairs} pairs, {skipped}, {self.truncated} responses truncated"
+        if not self.differing:
+            return told
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.differing.most_common())
+        return f"{told}, responses not as a chat template writes them: {kinds}"
 
 
 @dataclass
@@ -260,6 +267,7 @@ class StepDataset(Dataset[StepBatch | InputError]):
             tokens=tokens,
             response_tokens=sum(len(sequence.response_ids) for sequence in sequences),
             padding=sum(microbatch.num_tokens for microbatch in microbatches) - tokens,
+            differing=Counter(kind for response in responses for kind in response.differences),
         )
 
 

@@ -3,33 +3,46 @@
 A prompt's ids are those inference uses: the rendered template, tokenized in one go, without a second BOS. With one
 difference: a control token's string inside a message (``<|im_end|>``) is text. Which control tokens a prompt holds is
 decided by the template alone.
+
+What stands before a response in training is what the template writes there in a finished conversation. Mostly that is
+the prompt; ``turns`` says where it is not.
 """
 
 import hashlib
 import json
-import re
-import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from ctpd_nemo.data.chat_template import ChatTemplate, RefusedConversationError
+from ctpd_nemo.data.control_tokens import ControlTokens, HiddenControlError, RewrittenControlError
 from ctpd_nemo.data.forms import Message
-from ctpd_nemo.data.time_limit import time_limit
+from ctpd_nemo.data.template_probe import TemplateProbe
+from ctpd_nemo.data.turns import AS_RENDERED, MismatchError, Opening, Reading, read_response
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.spans.text_backend import text_backend
 
-# A template that prints today's date would render other prompts tomorrow: cached scores would no longer belong to them,
-# and a resumed run would not continue the one before. The date is the one Llama-3's templates fall back to.
-_PINNED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
-# A template is a program of whoever made the tokenizer. Real ones take a millisecond, and write messages once.
-_RENDER_SECONDS = 10.0
-_MOST_ADDED = 1_000_000
-_MOST_COPIES = 16
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What stands before a response.
+
+    Attributes:
+        messages: The conversation.
+        rendered: Its text, for generation.
+        opening: What is trained at its end instead.
+        place: Where it was read, for errors.
+    """
+
+    messages: Sequence[Message]
+    rendered: str
+    opening: Opening = AS_RENDERED
+    place: str = ""
 
 
 class Side:
@@ -38,41 +51,47 @@ class Side:
     Attributes:
         tokenizer: The Hugging Face fast tokenizer; it is only read.
         chat_template: The Jinja template in use.
-        end_of_turn_ids: int32 ``[1]``, what the model writes when its turn is over: the special token that the template
-            puts behind an assistant's text, the tokenizer's EOS where it puts none.
+        chat_template_kwargs: Variables that the template is given.
+        reader: What responses are tokenized with: the tokenizer, in which the strings of control tokens are text.
+        end_of_turn_ids: int32 ``[n]``, what the model writes when its turn is over: what the template puts behind an
+            assistant's text, up to the first token that stands for an end; mostly one special token. The tokenizer's
+            EOS where the template puts nothing, and behind text that is no token of its own. Generation stops at the
+            last of them.
         pad_token_id: An id to fill padding with. Nothing tells padding by its id.
+        notes: Differences between what is trained and what the template writes that a user can choose.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | Path | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         """Check a tokenizer and its template.
 
         Args:
             tokenizer: A fast tokenizer.
             chat_template: A Jinja template or the path of one; by default the tokenizer's own.
+            chat_template_kwargs: Variables for the template, such as ``enable_thinking``.
 
         Raises:
-            InputError: The tokenizer is not a fast one; there is no template, or it cannot be rendered; nothing ends a
-                turn.
+            InputError: The tokenizer is not a fast one; there is no template, it cannot be rendered, does not read a
+                variable, or writes a turn otherwise than prompt, response and end of turn; nothing ends a turn.
         """
-        self._place = f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
+        place = f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
         if not tokenizer.is_fast:
-            raise InputError(self._place, f"a {type(tokenizer).__name__}", "a Hugging Face fast tokenizer")
+            raise InputError(place, f"a {type(tokenizer).__name__}", "a Hugging Face fast tokenizer")
         self.tokenizer = tokenizer
-        self.chat_template = self._find_template(chat_template)
-        roles = set(tokenizer.all_special_tokens)
-        self._control_tokens = {
-            index: token.content
-            for index, token in tokenizer.added_tokens_decoder.items()
-            if token.special or token.content in roles
-        }
-        # A model may write its unknown token for any text. GPT-2's never does: there that name is one more of EOS's.
-        unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id}
-        self._control_ids = np.array(sorted(set(self._control_tokens) - unknown), dtype=np.int64)
-        longest_first = sorted(self._control_tokens.values(), key=len, reverse=True)
-        # The empty lookahead matches nowhere, as an empty list of tokens should.
-        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._template_controls: dict[tuple[str, ...], NDArray[np.int64]] = {}
-        self.end_of_turn_ids = self._find_end_of_turn()
+        self._template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, place)
+        self.chat_template = self._template.text
+        self.chat_template_kwargs = self._template.variables
+        probe = TemplateProbe(tokenizer, self._template)
+        self._style = probe.style
+        self.end_of_turn_ids = probe.end_of_turn_ids
+        self.notes = probe.notes
+        self._controls = ControlTokens(tokenizer, probe.printed, probe.turns)
+        self.reader = self._controls.reader
+        self._template_controls: dict[tuple[tuple[str, ...], Opening], NDArray[np.int64]] = {}
         pad = tokenizer.pad_token_id
         self.pad_token_id = int(self.end_of_turn_ids[-1] if pad is None else pad)
 
@@ -83,53 +102,82 @@ class Side:
 
     @cached_property
     def template_fingerprint(self) -> str:
-        """Hash of the template, of the special tokens it may print, and of the end of turn."""
+        """Hash of the template, of the special tokens it may print, its variables, and of what surrounds a response."""
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        return _fingerprint(json.dumps([self.chat_template, special, self.end_of_turn_ids.tolist()], sort_keys=True))
+        content: list[Any] = [self.chat_template, special, self.end_of_turn_ids.tolist()]
+        # What is usual says nothing: caches and checkpoints of before know it by these three alone.
+        if self.chat_template_kwargs:
+            content.append({"variables": self.chat_template_kwargs})
+        if self._style.trained != AS_RENDERED:
+            content.append({"opening": [self._style.trained.removed, self._style.trained.added]})
+        if self._template.other_dates:
+            content.append({"date": "by its format"})
+        return _fingerprint(json.dumps(content, sort_keys=True))
+
+    def reads_responses_as(self, other: "Side") -> bool:
+        """Whether both sides make the same tokens of any response."""
+        return (
+            self.tokenizer_fingerprint == other.tokenizer_fingerprint
+            and self._controls.guarded == other._controls.guarded
+        )
 
     def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, place: str = "") -> str:
         """The conversation as the template writes it; ``place`` says in an error where the messages came from.
 
         Raises:
-            InputError: The template refuses the conversation.
+            RefusedConversationError: The template refuses the conversation.
         """
-        template = self.chat_template
-        if "strftime_now" in template:
-            template = _PINNED_DATE + template
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
-        roles = ", ".join(message.role for message in messages)
-        try:
-            # transformers renders in Jinja's sandbox, where a template reaches neither files nor modules.
-            with time_limit(_RENDER_SECONDS):
-                text = self.tokenizer.apply_chat_template(
-                    conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-        except Exception as error:  # a template is a program: it can raise anything
-            found = f"a template that fails on the roles {roles} ({str(error) or type(error).__name__})"
-            raise InputError(self._template_place(place), found, "a template that renders them") from error
-        assert isinstance(text, str)
-        given = sum(len(message.content) for message in messages)
-        if len(text) > _MOST_ADDED + _MOST_COPIES * given:
-            found = f"a template that makes {len(text):,} characters of {given:,}"
-            raise InputError(self._template_place(place), found, "a template that renders messages")
-        return text
+        return self._template.render(messages, add_generation_prompt, place)
 
     def check_roles(self, role_orders: Mapping[tuple[str, ...], str]) -> None:
-        """Render a prompt of each order of roles, so that a template that refuses one is known before any work.
+        """Answer a prompt of each order of roles, so that a template that cannot is known before any work.
 
         Args:
             role_orders: Orders of roles, and the place of a prompt that has it.
 
         Raises:
-            InputError: The template refuses one.
+            RefusedConversationError: The template refuses one, or writes it otherwise once it is answered.
         """
         prompts = [[Message(role, "x") for role in roles] for roles in role_orders]
-        self.render_prompts(prompts, list(role_orders.values()))
+        places = list(role_orders.values())
+        for prompt, place in zip(prompts, places, strict=True):
+            self.read(prompt, ["x"], place)
+        self.render_prompts(prompts, places)
+
+    def read(self, prompt: Sequence[Message], responses: Sequence[str], place: str = "") -> tuple[str, list[Reading]]:
+        """Render a prompt and find each response in the conversation that ends with it.
+
+        Args:
+            prompt: Conversation that ends with a user's turn.
+            responses: To it.
+            place: Where they were read, for errors.
+
+        Returns:
+            The prompt's text, for generation; and of each response where it stands.
+
+        Raises:
+            RefusedConversationError: The template refuses a conversation, or does not write it as prompt, response and
+                end of turn.
+        """
+        rendered = self.render_text(prompt, place=place)
+        readings = []
+        for response in responses:
+            conversation = self.render_text([*prompt, Message("assistant", response)], False, place)
+            try:
+                readings.append(read_response(self._style, rendered, conversation, response))
+            except MismatchError as error:
+                raise RefusedConversationError(
+                    self._template.place(place),
+                    f"a template that writes {error.written!r} where training has {error.trained!r}",
+                    "one that writes prompt, response and end of turn as they are",
+                    "rewritten_by_template",
+                ) from error
+        return rendered, readings
 
     def render_prompts(
         self, prompts: Sequence[Sequence[Message]], places: Sequence[str] | None = None
     ) -> list[NDArray[np.int32]]:
-        """Ids of prompts, up to and with the opening of the assistant's turn.
+        """Ids of prompts, up to and with the opening of the assistant's turn, as for generation.
 
         Args:
             prompts: Conversations that end with a user's turn.
@@ -139,20 +187,27 @@ class Side:
             int32 ``[n_tokens]`` for each.
 
         Raises:
-            InputError: The template refuses a conversation or renders nothing, or it changes a control token's string
-                that stands in a message.
+            RefusedConversationError: The template refuses a conversation or renders nothing, or it changes a control
+                token's string that stands in a message.
         """
+        places = [""] * len(prompts) if places is None else places
+        rows = zip(prompts, places, strict=True)
+        read = [Prompt(messages, self.render_text(messages, place=place), place=place) for messages, place in rows]
+        return self.encode_prompts(read)
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[NDArray[np.int32]]:
+        """Ids of what stands before responses; results and errors as of ``render_prompts``."""
         if not prompts:
             return []
-        places = [""] * len(prompts) if places is None else places
-        texts = [self.render_text(prompt, place=place) for prompt, place in zip(prompts, places, strict=True)]
+        texts = [self._opened(prompt.rendered, prompt.opening, prompt.place) for prompt in prompts]
         rows = []
-        for prompt, place, text, ids in zip(prompts, places, texts, self._encode(texts), strict=True):
-            written_by_user = any(self._control_pattern.search(message.content) for message in prompt)
-            if written_by_user or not np.array_equal(self._controls_of(ids), self._controls_of_template(prompt)):
-                ids = self._encode_by_role(prompt, text, place)
+        for prompt, text, ids in zip(prompts, texts, self._encode(texts), strict=True):
+            written = self._controls.written_by(prompt.messages)
+            if written or not np.array_equal(self._controls.of(ids), self._controls_of_template(prompt)):
+                ids = self._encode_by_role(prompt.messages, text, prompt.opening, prompt.place)
             if not len(ids):
-                raise InputError(self._template_place(place), "a prompt of no tokens", "a template that opens a turn")
+                place, expected = self._template.place(prompt.place), "a template that opens a turn"
+                raise RefusedConversationError(place, "a prompt of no tokens", expected)
             rows.append(ids.astype(np.int32))
         return rows
 
@@ -160,106 +215,45 @@ class Side:
         """Ids of one prompt; see ``render_prompts``."""
         return self.render_prompts([messages])[0]
 
-    def _template_place(self, place: str = "") -> str:
-        return f"{place}, {self._place}, chat template".removeprefix(", ")
-
-    def _find_template(self, given: str | Path | None) -> str:
-        if given is None:
-            if not self.tokenizer.chat_template:
-                raise InputError(self._place, "no chat template", "one in the tokenizer's folder or in the config")
-            try:
-                template = self.tokenizer.get_chat_template()
-            except (ValueError, TypeError, AttributeError) as error:
-                raise InputError(f"{self._place}, chat template", str(error), "one template, or a default") from error
-            if not isinstance(template, str):
-                found = f"a {type(template).__name__}"
-                raise InputError(f"{self._place}, chat template", found, "the text of a Jinja template")
-            return template
-        if isinstance(given, str) and "{" in given:
-            return given
-        path = Path(given)
-        try:
-            if path.is_file():
-                return path.read_text(encoding="utf-8")
-            found = f"no file {str(given)!r}"
-        except (OSError, UnicodeDecodeError) as error:
-            found = f"a file that cannot be read ({error})"
-        raise InputError("chat_template", found, "a Jinja template or the path of one")
-
-    def _find_end_of_turn(self) -> NDArray[np.int32]:
-        response = uuid.uuid4().hex
-        text = self.render_text([Message("user", "x"), Message("assistant", response)], add_generation_prompt=False)
-        if response not in text:
-            raise InputError(self._template_place(), "a template that drops an assistant's text", "one that renders it")
-        control = self._control_pattern.match(text.rpartition(response)[2].lstrip())
-        if control:
-            return np.array([self.tokenizer.convert_tokens_to_ids(control[0])], dtype=np.int32)
-        if self.tokenizer.eos_token_id is None:
-            found = "no special token behind an assistant's text, and no EOS token"
-            raise InputError(self._template_place(), found, "one of the two, to end a turn")
-        return np.array([self.tokenizer.eos_token_id], dtype=np.int32)
+    def _opened(self, rendered: str, opening: Opening, place: str) -> str:
+        text = opening.of(rendered)
+        if text is None:
+            found = f"a prompt that does not end {opening.removed!r}"
+            raise RefusedConversationError(self._template.place(place), found, "one that ends as all others")
+        return text
 
     def _encode(self, texts: list[str]) -> list[NDArray[np.int64]]:
         rows = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.array(row, dtype=np.int64) for row in rows]
 
-    def _controls_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return ids[np.isin(ids, self._control_ids)]
-
-    def _controls_of_template(self, prompt: Sequence[Message]) -> NDArray[np.int64]:
+    def _controls_of_template(self, prompt: Prompt) -> NDArray[np.int64]:
         """The control tokens that the template writes around messages of these roles, in order."""
-        roles = tuple(message.role for message in prompt)
-        if roles not in self._template_controls:
-            blank = self.render_text([Message(role, "x") for role in roles])
-            self._template_controls[roles] = self._controls_of(self._encode([blank])[0])
-        return self._template_controls[roles]
+        roles = tuple(message.role for message in prompt.messages)
+        key = (roles, prompt.opening)
+        if key not in self._template_controls:
+            plain = self.render_text([Message(role, "x") for role in roles])
+            blank = self._opened(plain, prompt.opening, prompt.place)
+            self._template_controls[key] = self._controls.of(self._encode([blank])[0])
+        return self._template_controls[key]
 
-    @cached_property
-    def _role_backend(self) -> tuple[Tokenizer, dict[str, tuple[int, str]]]:
-        """A copy of the tokenizer whose control tokens have unguessable strings; by real string, id and that string.
+    def _encode_by_role(
+        self, messages: Sequence[Message], text: str, opening: Opening = AS_RENDERED, place: str = ""
+    ) -> NDArray[np.int64]:
+        """Tokenize a prompt's text with the control tokens of the template alone."""
 
-        Its model cannot build a control token from text either, so a string becomes one only where we put it.
-        """
-        backend, spec = text_backend(self.tokenizer)
-        backend.encode_special_tokens = False
-        secret = {token["id"]: token["content"] for token in spec["added_tokens"]}
-        return backend, {content: (index, secret[index]) for index, content in self._control_tokens.items()}
+        def render(other: Sequence[Message]) -> str:
+            return self._opened(self.render_text(other, place=place), opening, place)
 
-    def _encode_by_role(self, prompt: Sequence[Message], rendered: str, place: str = "") -> NDArray[np.int64]:
-        """Tokenize a rendered prompt with the control tokens of the template alone.
-
-        Control strings inside messages are marked, so that those the rendering holds unmarked are the template's.
-        """
-        mark = uuid.uuid4().hex
-        written: list[str] = []
-
-        def hide(found: re.Match[str]) -> str:
-            written.append(found[0])
-            return f"{mark}{len(written) - 1:08d}"
-
-        marked = self.render_text(
-            [Message(message.role, self._control_pattern.sub(hide, message.content)) for message in prompt]
-        )
-        mark_pattern = re.compile(mark + r"(\d{8})")
-        if mark_pattern.sub(lambda found: written[int(found[1])], marked) != rendered:
+        try:
+            return self._controls.encode(messages, text, render)
+        except RewrittenControlError as error:
             found = "a message with a control token's string, which the template does not print as it is"
-            raise InputError(self._template_place(place), found, "no " + " or ".join(sorted(set(written))))
-        backend, secret_of = self._role_backend
-        by_template: list[int] = []
-
-        def show(found: re.Match[str]) -> str:
-            if found[1]:
-                return written[int(found[1])]
-            index, secret = secret_of[found[0]]
-            by_template.append(index)
-            return secret
-
-        text = re.sub(f"{mark_pattern.pattern}|{self._control_pattern.pattern}", show, marked)
-        ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        if not np.array_equal(self._controls_of(ids), self._controls_of(np.array(by_template, dtype=np.int64))):
+            expected = "no " + " or ".join(error.strings)
+            raise RefusedConversationError(self._template.place(place), found, expected) from error
+        except HiddenControlError as error:
             found = "a message in which the tokenizer's model sees a control token"
-            raise InputError(self._template_place(place), found, "control tokens that only their own strings make")
-        return ids
+            expected = "control tokens that only their own strings make"
+            raise RefusedConversationError(self._template.place(place), found, expected) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -159,7 +159,8 @@ def evaluate_folder(
     # Where no answer is known, a few responses to look at are enough.
     n_asked = len(rows) if any(row.answer is not None for row in rows) else _N_SAMPLES
     asked = rows[: n_asked if generations is None else generations]
-    prompts = [pair.chosen.policy.prompt_ids for pair in encoded[: len(asked)]]
+    # As whoever asks the model renders them; what was trained before a response may be something else.
+    prompts = encoders[0].policy.render_prompts([row.pair.prompt for row in asked])
     responses = {"greedy": generate(model, encoders[0].policy, prompts, batch_size, max_new_tokens)}
     if sample_seed is not None:
         sampled = generate(model, encoders[0].policy, prompts, batch_size, max_new_tokens, sample_seed)

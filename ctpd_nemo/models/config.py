@@ -21,12 +21,15 @@ class SideConfig:
         path: Hugging Face folder of weights, config and tokenizer.
         tokenizer: Folder of the tokenizer where it is another one. Alone, without ``path``, it is all that training
             from a score cache needs of a teacher whose weights are elsewhere.
-        chat_template: A chat template, or the path of a file with one, in place of the tokenizer's own.
+        chat_template: A chat template, or the path of a file with one, in place of the tokenizer's own. A path that is
+            not there is looked for in ``conf``.
+        chat_template_kwargs: Variables for the template, as ``{enable_thinking: false}``.
     """
 
     path: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The data of a run: opened, checked and cut into steps."""
 
 import dataclasses
+import logging
 from functools import cached_property
 from pathlib import Path
 
@@ -13,12 +14,15 @@ from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences
 from ctpd_nemo.data.source import PairSource, TextSource
 from ctpd_nemo.data.steps import StepPlan
+from ctpd_nemo.data.template_probe import OF_RESPONSES
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.data.top_k import TopKSource
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig, SideConfig
 from ctpd_nemo.models.cost import sequence_cost
+
+logger = logging.getLogger(__name__)
 
 
 def load_side(config: SideConfig, key: str) -> Side:
@@ -37,7 +41,7 @@ def load_side(config: SideConfig, key: str) -> Side:
     if folder == config.path and (Path(folder) / "config.json").exists():
         # What is wrong with a model's config is said of it, and not of the tokenizer, whose loader reads it too.
         read_architecture(folder)
-    return Side(load_tokenizer(folder), config.chat_template)
+    return Side(load_tokenizer(folder), config.chat_template, config.chat_template_kwargs)
 
 
 class RunData:
@@ -86,7 +90,12 @@ class RunData:
         self.policy = load_side(side, f"model.{run.policy}")
         self.reference = load_side(run.model.teacher, "model.teacher") if two_sided else None
         self.encoder = PairEncoder(
-            self.policy, self.reference, run.data.include_eos, run.data.max_length, run.data.max_prompt_length
+            self.policy,
+            self.reference,
+            run.data.include_eos,
+            run.data.max_length,
+            run.data.max_prompt_length,
+            run.data.response_text,
         )
         self.scores: SpanScores | None = None
         self.top_k: TopKSource | None = None
@@ -135,6 +144,16 @@ class RunData:
         plan = StepPlan.in_order(len(self.validation), self.run.data.global_batch_size)
         return self._loader("validation", plan, dp_rank, dp_size, 0)
 
+    def warn_of_choices(self) -> None:
+        """Say in what the turns that are trained are not those that a template writes, and what decides it."""
+        sides = {f"model.{self.run.policy}": self.policy}
+        if self.reference is not None and not self.encoder.one_sided:
+            sides["model.teacher"] = self.reference
+        for key, side in sides.items():
+            for note in side.notes:
+                if note.key != OF_RESPONSES or self.encoder.response_text == "written":
+                    logger.warning("%s", note.line(key))
+
     def datasets(self) -> dict[str, PreferenceDataset]:
         """The pairs by name: "train", and "validation" where there are such."""
         return {"train": self.train} | ({"validation": self.validation} if self.validation is not None else {})
@@ -175,8 +194,7 @@ class RunData:
         return {
             "data": self.train.fingerprint,
             "batches": f"{data.global_batch_size} pairs a step, seed {self.run.seed}, shuffle {data.shuffle}",
-            "lengths": f"max_length {data.max_length}, max_prompt_length {data.max_prompt_length}, "
-            f"include_eos {data.include_eos}",
+            "lengths": self.encoder.lengths,
             **{f"{name}_tokenizer": side.tokenizer_fingerprint for name, side in sides.items()},
             **{f"{name}_template": side.template_fingerprint for name, side in sides.items()},
             **({"scores": self.scores.fingerprint} if self.scores else {}),

@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import SKIP_REASONS
+from ctpd_nemo.data.encode import DIFFERENCES, SKIP_REASONS
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.losses.logprobs import token_logprobs
 from ctpd_nemo.losses.margins import label_and_best_other
@@ -214,11 +214,18 @@ def mean_metrics(losses: Sequence[StepLoss], names: Sequence[str], device: torch
 def sum_over_data_parallel(stats: StepStats, device: torch.device) -> StepStats:
     """The counts of all data-parallel ranks together."""
     counts = [stats.pairs, stats.truncated, stats.tokens, stats.response_tokens, stats.padding]
-    total = torch.tensor(counts + [stats.skipped[reason] for reason in SKIP_REASONS], device=device)
+    counts += [stats.skipped[reason] for reason in SKIP_REASONS] + [stats.differing[kind] for kind in DIFFERENCES]
+    total = torch.tensor(counts, device=device)
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    pairs, truncated, tokens, response_tokens, padding, *skips = total.tolist()
-    skipped = Counter({reason: count for reason, count in zip(SKIP_REASONS, skips, strict=True) if count})
-    return StepStats(pairs, truncated, skipped, tokens, response_tokens, padding)
+    pairs, truncated, tokens, response_tokens, padding, *named = total.tolist()
+    skipped, differing = (
+        Counter({name: count for name, count in zip(names, found, strict=True) if count})
+        for names, found in (
+            (SKIP_REASONS, named[: len(SKIP_REASONS)]),
+            (DIFFERENCES, named[len(SKIP_REASONS) :]),
+        )
+    )
+    return StepStats(pairs, truncated, skipped, tokens, response_tokens, padding, differing)
 
 
 def equal_microbatches(

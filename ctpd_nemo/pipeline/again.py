@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ctpd_nemo.conf_folder import CONF
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import FOLDERS
 from ctpd_nemo.models.config import RunConfig
@@ -90,9 +91,11 @@ def _make_absolute(run: RunConfig, folder: Path) -> None:
             if getattr(part, key, None) is not None:
                 setattr(part, key, str(folder / getattr(part, key)))
     for side in (run.model.student, run.model.teacher):
-        # A template is one by its braces; else it is the path of one.
-        if side.chat_template is not None and "{" not in side.chat_template:
-            side.chat_template = str(folder / side.chat_template)
+        # A template is one by its braces; else it is the path of one, which may be in ``conf``.
+        template = side.chat_template
+        if template is not None and "{" not in template:
+            own = (folder / template).is_file() or not (CONF / template).is_file()
+            side.chat_template = str(folder / template) if own else template
     run.data.train = [str(folder / path) for path in run.data.train]
     run.data.validation = [str(folder / path) for path in run.data.validation]
     if run.data.encoded not in (None, "auto"):

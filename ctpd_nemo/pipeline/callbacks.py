@@ -18,6 +18,9 @@ from ctpd_nemo.pipeline.stopping import StopRequest, stopped
 
 logger = logging.getLogger(__name__)
 
+# Of a report's counts, those by name; a checkpoint of before there were some has none of them.
+_COUNTERS = ("skipped", "differing")
+
 
 class DataReport(Callback):
     """Says at the end what was trained on and what was left out, earlier parts of a resumed run included."""
@@ -33,11 +36,12 @@ class DataReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far."""
-        return {**vars(self.stats), "skipped": dict(self.stats.skipped)}
+        return {**vars(self.stats), **{name: dict(getattr(self.stats, name)) for name in _COUNTERS}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
-        self.stats = StepStats(**{**state_dict, "skipped": Counter(state_dict["skipped"])})
+        counters = {name: Counter(state_dict.get(name, {})) for name in _COUNTERS}
+        self.stats = StepStats(**{**state_dict, **counters})
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the step.

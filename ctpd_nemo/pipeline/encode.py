@@ -47,6 +47,7 @@ def encode(config: DictConfig) -> list[Path]:
         data = RunData(run, ("chosen", "rejected"), two_sided)
         if run.data.encoded is None:
             raise InputError("data.encoded", "null", "auto, or a folder for the encoded datasets")
+        data.warn_of_choices()
         use_encoded(data)
         folders += [encoded.folder for encoded in data.encoded.values() if encoded.folder not in folders]
     logger.info("encoded: %s", ", ".join(map(str, folders)))

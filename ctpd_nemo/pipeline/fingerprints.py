@@ -30,14 +30,12 @@ def score_fingerprints(data: RunData, precision: str) -> dict[str, str]:
         precision: In which the scores were, or are to be, computed.
     """
     student, teacher = data.encoder.policy, data.encoder.reference
-    config = data.run.data
     return {
         "data": data.train.fingerprint,
         "teacher_tokenizer": teacher.tokenizer_fingerprint,
         "student_tokenizer": student.tokenizer_fingerprint,
         "teacher_template": teacher.template_fingerprint,
         "student_template": student.template_fingerprint,
-        "truncation": f"max_length {config.max_length}, max_prompt_length {config.max_prompt_length}, "
-        f"include_eos {config.include_eos}",
+        "truncation": data.encoder.lengths,
         "precision": precision,
     }

@@ -83,6 +83,7 @@ def score(run: RunConfig) -> Path:
     else:
         weighed = {f"{role}_weights": told for role, told in weights.items()}
         on_rank_0(lambda: write_record(run, {**prints, **weighed}))
+        data.warn_of_choices()
     heartbeat = Heartbeat(Path(run.run_dir), run.parallel.timeout_minutes)
     trainer = build_trainer(run, total_steps=1, callbacks=[StopBetweenShards(), heartbeat]) if todo else None
     for roles in _passes(run, todo):

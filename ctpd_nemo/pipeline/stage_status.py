@@ -80,7 +80,7 @@ def settings_fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str
         side = getattr(run.model, name)
         path = side.path if f"model.{name}.path" not in stage.inputs else None
         named = [Path(one).name if one is not None else None for one in (path, side.tokenizer, side.chat_template)]
-        content[name] = named
+        content[name] = named + ([side.chat_template_kwargs] if side.chat_template_kwargs else [])
     return _hash(content)
 
 
@@ -99,7 +99,7 @@ def stage_fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) 
     content["files"] = [(path.name, _content(path)) for path in _data_files(run)]
     for name in _sides(run, stage):
         side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
-        if own_folder or side.tokenizer or side.chat_template:
+        if own_folder or side.tokenizer or side.chat_template or side.chat_template_kwargs:
             reader = load_side(side, f"model.{name}")
             content[name] = [reader.tokenizer_fingerprint, reader.template_fingerprint]
             if own_folder and side.path is not None:
@@ -119,7 +119,10 @@ def _sides(run: RunConfig, stage: Stage) -> tuple[str, ...]:
 def _settings(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.structured(run))
     assert isinstance(values, dict)
-    left_out = (*_CUTS_OF_WORK, "train", "validation")
+    left_out: tuple[str, ...] = (*_CUTS_OF_WORK, "train", "validation")
+    if run.data.response_text == "written":
+        # As all stages that were done before there was a choice.
+        left_out = (*left_out, "response_text")
     content: dict[str, Any] = {
         "seed": run.seed,
         "precision": values["precision"],

@@ -92,6 +92,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
+    data.warn_of_choices()
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     if checkpointing.failure is not None:
         if trainer.is_global_zero:

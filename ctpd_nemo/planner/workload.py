@@ -113,6 +113,7 @@ def measured_lengths(run: RunConfig, count: int) -> Lengths:
         run.data.include_eos,
         run.data.max_length,
         run.data.max_prompt_length,
+        run.data.response_text,
     )
     rows = np.linspace(0, len(data) - 1, min(count, len(data)), dtype=np.int64).tolist()
     encoded = [pair for pair in encoder.encode(rows, [data[row] for row in rows]) if isinstance(pair, EncodedPair)]

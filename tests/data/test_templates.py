@@ -128,7 +128,7 @@ def test_a_string_that_becomes_a_control_token_by_normalization_is_text() -> Non
     backend.normalizer = normalizers.NFKC()
     backend.add_special_tokens([AddedToken("[END]", normalized=True, special=True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[END]")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '[END]' }}{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + '[END]' }}{% endfor %}"
     end = tokenizer.eos_token_id
     fullwidth = "\uff3bEND\uff3d"
     assert end in tokenizer(fullwidth)["input_ids"]
@@ -136,10 +136,9 @@ def test_a_string_that_becomes_a_control_token_by_normalization_is_text() -> Non
 
 
 def test_a_template_that_rewrites_a_control_string_is_refused(bpe_tokenizer: PreTrainedTokenizerFast) -> None:
-    shouting = "{% for m in messages %}{{ m['content'] | upper + '<|im_end|>' }}{% endfor %}"
-    side = Side(
-        with_template(bpe_tokenizer, "{% if messages | length == 2 %}{{ messages[1].content }}{% endif %}" + shouting)
-    )
+    user, assistant = "{% if m.role == 'user' %}{{ m.content | upper }}", "{% else %}{{ m.content }}{% endif %}"
+    shouting = "{% for m in messages %}" + user + assistant + "{{ '<|im_end|>' }}{% endfor %}"
+    side = Side(with_template(bpe_tokenizer, shouting))
     assert side.tokenizer.decode(side.render_prompt([Message("user", "sea")])) == "SEA<|im_end|>"
     with pytest.raises(InputError, match=r"does not print as it is; expected no <\|im_end\|>"):
         side.render_prompt([Message("user", "sea <|im_end|>")])
@@ -157,7 +156,7 @@ def test_the_end_of_turn_is_the_template_s_and_else_eos(bpe_tokenizer: PreTraine
         tokenizer.eos_token = eos
         return tokenizer.convert_ids_to_tokens(Side(tokenizer).end_of_turn_ids.tolist())
 
-    turns = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}"
+    turns = "{% for m in messages %}{{ m['content'] + END }}{% endfor %}"
     assert ends_with(turns.replace("END", "' <|im_end|>\n<|endoftext|>'")) == ["<|im_end|>"]
     assert ends_with(turns.replace("END", "eos_token")) == ["<|endoftext|>"]
     assert ends_with(turns.replace("END", "'\n'")) == ["<|endoftext|>"]

@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ctpd_nemo.data import templates
+from ctpd_nemo.data import template_sandbox
 from ctpd_nemo.pipeline import entry
 from tests.hostile.case import BORDERS, Case, Scene
 from tests.hostile.corpus import CASES
@@ -36,7 +36,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch, elsewhere: Path) -> None:
     monkeypatch.chdir(elsewhere)
     if dist.is_initialized():
         dist.distributed_c10d._get_default_store().delete_key("stopped by bad input")
-    monkeypatch.setattr(templates, "_RENDER_SECONDS", 0.3)
+    monkeypatch.setitem(template_sandbox.render_template.__kwdefaults__, "seconds", 0.3)
 
 
 @pytest.fixture

@@ -190,7 +190,7 @@ TEMPLATES: dict[str, tuple[str, str, str]] = {
     ),
     "text without end": (
         BODY + "{% for a in range(9999) %}{{ 'abcdefghij' * 100 }}{% endfor %}",
-        "9,999,",
+        "a value of more than 1,0",
         "a template that renders",
     ),
     "no assistant": (

@@ -33,11 +33,15 @@ def dataset(
 
 @pytest.fixture(scope="package")
 def encoders(unigram_side: Side, bpe_side: Side) -> dict[str, PairEncoder]:
+    spaced = "{% for m in messages %}{{ m.content }} {% endfor %}"
     return {
         "two sides": PairEncoder(unigram_side, bpe_side, include_eos=True, max_length=128),
         "one side": PairEncoder(bpe_side, None, include_eos=False, max_length=128),
         "other template": PairEncoder(
-            bpe_side, Side(bpe_side.tokenizer, "{{ messages[-1].content }} "), include_eos=True, max_length=128
+            bpe_side,
+            Side(bpe_side.tokenizer, spaced),
+            include_eos=True,
+            max_length=128,
         ),
     }
 

@@ -53,7 +53,8 @@ def test_names_are_those_of_equal_content(
 def test_bad_input_of_a_shard_stops_with_the_same_error(
     dataset: PreferenceDataset, bpe_side: Side, tmp_path: Path
 ) -> None:
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}{{ messages[-1].content }}"
+    refused = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    template = refused + "{% for m in messages %}{{ m.content }}{% endfor %}"
     encoder = PairEncoder(Side(bpe_side.tokenizer, template), None, include_eos=True, max_length=128)
     for num_workers in (0, 2):
         with pytest.raises(InputError, match=r"pairs\.jsonl:\d+, .*a template that fails on the roles system"):
