@@ -1,44 +1,31 @@
 """Distributed checkpoints: Megatron-Core's ``torch_dist`` format, written by any layout and read by any other.
 
-What is in them and how it is read; ``checkpoint_writer`` writes them, ``checkpoint_files`` knows which are whole.
+What is in them, and where it goes. ``checkpoint_writer`` writes them, ``checkpoint_files`` knows which are whole,
+``checkpoint_reader`` reads them.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import unwrap_model
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint as check_files
-from ctpd_nemo.parallel.checkpoint_pickles import check_pickles
+from ctpd_nemo.parallel import checkpoint_megatron
+from ctpd_nemo.parallel.checkpoint_pickles import refusal
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, TrainState, reading
 from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
 from ctpd_nemo.parallel.optimizer_state import is_distributed, load_state, sharded_state
 
-
-@dataclass
-class TrainState:
-    """What a checkpoint holds beside tensors.
-
-    Attributes:
-        trainer: JSON-like state of the training loop: counters, callbacks, the position in the data.
-        fingerprints: What the run was trained on; compared on resume.
-    """
-
-    trainer: dict[str, Any]
-    fingerprints: dict[str, str]
+# What is in no shard; the last is Megatron-Core's own, over what it was told of the optimizer's.
+_COMMON = {"state", "optimizer", "scheduler", "content_metadata"}
 
 
 def _models(chunks: Sequence[MegatronModule]) -> dict[str, MegatronModule]:
@@ -111,77 +98,59 @@ def save(
     (writer or CheckpointWriter()).save(folder, make_state)
 
 
-@contextlib.contextmanager
-def reading(folder: str | Path) -> Iterator[None]:
-    """Turn whatever reading a damaged checkpoint raises into an ``InputError``."""
-    try:
-        yield
-    except InputError:
-        raise
-    # Several libraries with errors of their own; that of torch's checkpoints is no ``Exception``.
-    except (Exception, CheckpointException) as error:
-        reason = (str(error).splitlines() or [""])[-1].strip() or type(error).__name__
-        found = f"a checkpoint that cannot be read ({reason})"
-        raise InputError(str(folder), found, "a whole one; remove it to go on from the one before") from error
+def read_state(checkpoint: str | Path | CheckpointReader) -> TrainState:
+    """The part of a checkpoint that is this project's own, and no tensor.
+
+    Raises:
+        InputError: It is no whole checkpoint.
+    """
+    return CheckpointReader.of(checkpoint).train_state()
 
 
-def check_is_checkpoint(folder: str | Path) -> None:
-    """Stop with an ``InputError`` where ``folder`` is no whole checkpoint, or holds pickles that are not to be read."""
-    check_files(folder)
-    with reading(folder):
-        check_pickles(folder)
-
-
-def read_state(folder: str | Path) -> TrainState:
-    """The part of a checkpoint that is no tensor."""
-    check_is_checkpoint(folder)
-    with reading(folder):
-        return TrainState(**json.loads(dist_checkpointing.load_common_state_dict(Path(folder))["state"]))
-
-
-def load(folder: str | Path, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None) -> TrainState:
+def load(
+    checkpoint: str | Path | CheckpointReader, chunks: Sequence[MegatronModule], optimizer: LightningOptimizer | None
+) -> TrainState:
     """Fill model, optimizer, schedule and random states of this rank from a checkpoint of any layout.
 
     Random states are those of the same rank where the layout is the same; another layout keeps its own.
 
     Raises:
-        InputError: The folder is no whole checkpoint.
+        InputError: It is no whole checkpoint, or one of another model.
     """
-    check_is_checkpoint(folder)
+    checkpoint = CheckpointReader.of(checkpoint)
+    state, common = checkpoint.train_state(), checkpoint.common()
+    # What is asked for in shards is filled from shards alone: what Transformer Engine loads by itself is among it.
+    if unknown := common.keys() - _COMMON:
+        raise refusal(str(checkpoint.folder), f"a common state with {', '.join(sorted(map(repr, unknown)))}")
     sharded = _model_state(chunks)
     if optimizer is not None:
         sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=True)
-        _check_optimizer(folder, optimizer)
-        saved = read_state(folder)
-        if saved.fingerprints.get("layout") == layout_name():
+        _check_optimizer(checkpoint, common, optimizer)
+        if state.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
-    with reading(folder):
-        # Of what data-parallel replicas ask for alike, each reads a share and gives it to the others.
-        strategy = FullyParallelLoadStrategyWrapper(
-            get_default_load_sharded_strategy(str(folder)),
-            parallel_state.get_data_parallel_group(with_context_parallel=True),
-        )
-        loaded = dist_checkpointing.load(sharded, str(folder), strategy)
-    for name, model in _models(chunks).items():
-        model.load_state_dict(loaded[name])
-    if optimizer is not None:
-        load_state(optimizer.megatron, loaded["optimizer"])
-        optimizer.scheduler.load_state_dict(loaded["scheduler"])
-        if "rng" in sharded:
-            torch.set_rng_state(loaded["rng"]["torch"])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state(loaded["rng"]["device"])
-            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
-    return TrainState(**json.loads(loaded["state"]))
+    with reading(checkpoint.folder):
+        loaded = checkpoint_megatron.load(sharded, checkpoint)
+        for name, model in _models(chunks).items():
+            model.load_state_dict(loaded[name])
+        if optimizer is not None:
+            load_state(optimizer.megatron, loaded["optimizer"])
+            optimizer.scheduler.load_state_dict(loaded["scheduler"])
+            if "rng" in sharded:
+                torch.set_rng_state(loaded["rng"]["torch"])
+                if torch.cuda.is_available():
+                    torch.cuda.set_rng_state(loaded["rng"]["device"])
+                tensor_parallel.get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
+    return state
 
 
-def _check_optimizer(folder: str | Path, optimizer: LightningOptimizer) -> None:
+def _check_optimizer(checkpoint: CheckpointReader, common: dict[str, Any], optimizer: LightningOptimizer) -> None:
     """Stop where the state is that of the other kind of optimizer; only the distributed one says how it is cut up."""
-    with reading(folder):
-        saved = "param_state_sharding_type" in dist_checkpointing.load_common_state_dict(Path(folder))["optimizer"]
+    with reading(checkpoint.folder):
+        saved = "param_state_sharding_type" in common["optimizer"]
     if saved != is_distributed(optimizer.megatron):
         found, expected = (str(kind).lower() for kind in (not saved, saved))
-        raise InputError("parallel.distributed_optimizer", found, f"{expected}, as {folder} was written")
+        expected = f"{expected}, as {checkpoint.folder} was written"
+        raise InputError("parallel.distributed_optimizer", found, expected)
 
 
 def layout_name() -> str:

@@ -6,12 +6,15 @@ being written, replaced, removed, or was found damaged, has another name until i
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +34,8 @@ _SUMS = ".sums-"
 _WRITING, _REPLACED, _REMOVING, _DAMAGED = ".writing-", ".replaced", ".removing", ".damaged"
 _THREADS = 4
 _CHUNK = 2**20
+# 170 bytes for each file, of which a rank writes a few.
+_LARGEST_MANIFEST = 2**24
 
 Sums = dict[str, dict[str, Any]]
 
@@ -226,13 +231,9 @@ def find_damage(folder: Path, sums: bool = True, part: int = 0, parts: int = 1) 
     if not folder.is_dir():
         return InputError(str(folder), "nothing", "a checkpoint folder written by training")
     try:
-        files = _read_manifest(folder)
+        files = read_manifest(folder)
         for name, file in files.items():
-            path = folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file["bytes"]:
-                found = "nothing" if size is None else f"{size} bytes"
-                return InputError(str(path), found, f"{file['bytes']} bytes, as were written")
+            open_file(folder / name, file["bytes"]).close()
         names = list(files)[part::parts] if sums else []
         for name, read in _sums(folder, names).items():
             if read["blake2b"] != files[name]["blake2b"]:
@@ -244,20 +245,63 @@ def find_damage(folder: Path, sums: bool = True, part: int = 0, parts: int = 1) 
     return None
 
 
-def _read_manifest(folder: Path) -> Sums:
+def open_file(path: Path, size: int) -> io.FileIO:
+    """A file of a checkpoint, without a buffer: one of its own folder, never one that a link there leads to.
+
+    Args:
+        path: The file.
+        size: How many bytes it has, by the manifest.
+
+    Raises:
+        InputError: It is none, or has another size.
+        OSError: It cannot be read.
+    """
+    expected = f"{size:,} bytes, as were written"
+    try:
+        # A pipe would have its reader wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputError(str(path), "nothing", expected) from None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(str(path), "a link", "a file of the checkpoint's own, as it was written") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+        os.close(descriptor)
+        found = f"{status.st_size:,} bytes" if stat.S_ISREG(status.st_mode) else "no regular file"
+        raise InputError(str(path), found, expected)
+    return io.FileIO(descriptor, "rb")
+
+
+def read_manifest(folder: Path) -> Sums:
+    """The files of a checkpoint beside the manifest, by name, with their ``bytes`` and ``blake2b`` sums.
+
+    Raises:
+        InputError: There is no manifest, or a damaged one.
+    """
     path = folder / _MANIFEST
-    if not path.is_file():
+    if not path.exists():
         raise InputError(str(folder), f"a folder without {_MANIFEST}", "a checkpoint folder written by training")
     try:
-        manifest = json.loads(path.read_bytes())
+        size = path.lstat().st_size
+        if size > _LARGEST_MANIFEST:
+            raise ValueError(f"of {size:,} bytes")
+        with open_file(path, size) as file:
+            manifest = json.loads(file.read())
         files = manifest["files"]
         good = manifest["format"] == _FORMAT and manifest["blake2b"] == _sum_of_json(files)
-        good = good and all(name == Path(name).name for name in files)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        good = good and all(_is_entry(name, entry) for name, entry in files.items())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         good = False
     if not good:
         raise InputError(str(path), "no manifest, or a damaged one", "the manifest of a checkpoint")
     return files
+
+
+def _is_entry(name: str, entry: dict[str, Any]) -> bool:
+    plain = bool(name) and name not in (".", "..") and not set(name) & {"/", "\\", "\0"}
+    return plain and type(entry["bytes"]) is int and entry["bytes"] >= 0 and type(entry["blake2b"]) is str
 
 
 def _sums(folder: Path, names: Iterable[str]) -> Sums:
@@ -268,7 +312,7 @@ def _sums(folder: Path, names: Iterable[str]) -> Sums:
 
 def _sum(path: Path) -> dict[str, Any]:
     digest, size = hashlib.blake2b(digest_size=32), 0
-    with path.open("rb") as file:
+    with open_file(path, path.lstat().st_size) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
             size += len(chunk)

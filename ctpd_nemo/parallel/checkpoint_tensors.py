@@ -4,38 +4,33 @@ Megatron-Core stacks equal layers into one tensor with the layer in front. Here 
 its part of the files is read, so that a model of any size passes through the memory of one.
 """
 
-import io
 import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.parallel.checkpoint import check_is_checkpoint, reading
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, reading
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+# Rows that a vocabulary is padded by: to a multiple of 128 for each tensor-parallel rank.
+_MOST_PADDING = 2**20
 
 
 class CheckpointTensors:
     """The tensors of a checkpoint by the names that ``convert`` uses, layers numbered over the whole model."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Open a checkpoint; reads its index only.
+    def __init__(self, checkpoint: str | Path | CheckpointReader) -> None:
+        """Args:
+        checkpoint: Its folder, which is opened, or what has it open.
 
         Raises:
             InputError: The folder is no whole checkpoint.
         """
-        check_is_checkpoint(folder)
-        self._folder = folder
-        self._reader = FileSystemReader(str(folder))
-        with reading(folder):
-            self._metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._checkpoint = CheckpointReader.of(checkpoint)
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Read one tensor.
@@ -47,52 +42,33 @@ class CheckpointTensors:
         Raises:
             InputError: The checkpoint has no such tensor, or cannot be read.
         """
+        folder = str(self._checkpoint.folder)
         layer = _LAYER.fullmatch(name)
         key = name if layer is None else layer[1] + layer[3]
-        stored = self._metadata.state_dict_metadata.get(key)
-        if not isinstance(stored, TensorStorageMetadata) or (layer and int(layer[2]) >= stored.size[0]):
-            raise InputError(str(self._folder), f"no tensor {name}", "a checkpoint of the reference's architecture")
+        stored = self._checkpoint.metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata) or (layer and not int(layer[2]) < (*stored.size, 0)[0]):
+            raise InputError(folder, f"no tensor {name}", "a checkpoint of the reference's architecture")
+        size = stored.size if layer is None else stored.size[1:]
+        rows = shape[0] + _MOST_PADDING if layer is None else shape[0]
+        if len(size) != len(shape) or size[1:] != shape[1:] or not shape[0] <= size[0] <= rows:
+            raise InputError(
+                f"{folder}, {name}", f"a tensor that has shape {tuple(size)}", f"{shape}, by the reference"
+            )
         if layer is None:
-            return self._read(key, stored, torch.Size([0] * len(stored.size)), stored.size)
+            return self._read(key, stored, torch.Size([0] * len(size)), size)
         number = int(layer[2])
-        return self._read(
-            key, stored, torch.Size([number, *[0] * len(shape)]), torch.Size([1, *stored.size[1:]])
-        ).squeeze(0)
+        return self._read(key, stored, torch.Size([number, *[0] * len(size)]), torch.Size([1, *size])).squeeze(0)
 
     def _read(self, key: str, stored: TensorStorageMetadata, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        items = create_read_items_for_chunk_list(key, stored, [ChunkStorageMetadata(offsets=offsets, sizes=sizes)])
-        region = _Region(torch.empty(sizes, dtype=stored.properties.dtype))
-        with reading(self._folder):
-            self._reader.read_data(LoadPlan(items), region).wait()
-        return region.tensor
-
-
-class _Region(LoadPlanner):
-    """Where the pieces of one tensor go; the plan is made, so only its last part is left to do."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        region = self.tensor
-        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            region = region.narrow(dim, offset, length)
-        return region
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the tensor was read in place."""
-
-    def set_up_planner(self, *args: object, **kwargs: object) -> None:
-        """Nothing to set up."""
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan([])
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise TypeError(f"{read_item.storage_index.fqn} is no tensor")
+        wanted = [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+        items = {item.storage_index: item for item in create_read_items_for_chunk_list(key, stored, wanted)}
+        tensor = torch.empty(sizes, dtype=stored.properties.dtype)
+        with reading(self._checkpoint.folder):
+            for index, piece in self._checkpoint.tensors(items):
+                item = items[index]
+                target, source = (
+                    tuple(slice(start, start + length) for start, length in zip(starts, item.lengths, strict=True))
+                    for starts in (item.dest_offsets, item.storage_offsets)
+                )
+                tensor[target] = piece[source]
+        return tensor

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.transformer import MegatronModule
 
 from ctpd_nemo.parallel import checkpoint as checkpoints
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, reading
 from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
@@ -106,15 +107,18 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """Read a distributed checkpoint folder into the module and its optimizer; returns Lightning's part."""
         module = self._module()
-        module.check_fingerprints(checkpoints.read_state(checkpoint_path).fingerprints)
-        state = checkpoints.load(checkpoint_path, module.chunks, self._optimizer())
+        checkpoint = CheckpointReader(checkpoint_path)
+        module.check_fingerprints(checkpoint.train_state().fingerprints)
+        state = checkpoints.load(checkpoint, module.chunks, self._optimizer())
         # The loader gives the steps that are left. Lightning is to count them from 0: counting on, it would take the
         # run's first part for an epoch that ends with the next step, and begin the loader anew.
-        progress = state.trainer["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        progress["current"] = dict.fromkeys(progress["current"], 0)
-        # It counts a step when its hooks have run, of which one saves: counting on, loggers would fall behind by one.
-        loop = state.trainer["loops"]["fit_loop"]["epoch_loop.state_dict"]
-        loop["_batches_that_stepped"] = state.trainer["global_step"]
+        with reading(checkpoint_path):
+            progress = state.trainer["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+            # It counts a step when its hooks have run, of which one saves: counting on, loggers would fall behind by
+            # one.
+            loop = state.trainer["loops"]["fit_loop"]["epoch_loop.state_dict"]
+            loop["_batches_that_stepped"] = state.trainer["global_step"]
         return {
             **state.trainer,
             "state_dict": {},

@@ -12,8 +12,8 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import base_model, model_name, write_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.methods import METHODS
-from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from ctpd_nemo.pipeline.checkpointing import find_damage_together
 from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
@@ -50,13 +50,15 @@ def export(config: ExportConfig) -> Path:
         whole = resolve(checkpoint)
         # Else the ranks have shared the reading.
         check_is_checkpoint(whole, sums=not dist.is_initialized())
-        record = _record(whole, reference)
+        reader = CheckpointReader(whole)
+        reader.check_tensors()
+        record = _record(reader, reference)
         name = model_name(folder)
 
         def card(partial: Path) -> None:
             write_card(partial, record, name)
 
-        export_hf(folder, reference, CheckpointTensors(whole), finish=card)
+        export_hf(folder, reference, CheckpointTensors(reader), finish=card)
 
     if dist.is_initialized():
         damage = find_damage_together(on_rank_0(lambda: resolve(checkpoint)))
@@ -69,9 +71,9 @@ def export(config: ExportConfig) -> Path:
     return Path(folder)
 
 
-def _record(checkpoint: Path, reference: str) -> dict[str, Any]:
+def _record(checkpoint: CheckpointReader, reference: str) -> dict[str, Any]:
     """What the card says of a run: the config beside its checkpoints, where it is, and the fingerprints in this one."""
-    path = checkpoint.resolve().parent.parent / "config.json"
+    path = checkpoint.folder.resolve().parent.parent / "config.json"
     config = read_object(path, "the config of a run") if path.is_file() else {}
     policy = _text_at(config, path, "policy") or "student"
     bases = {policy: str(base_model(reference))}
@@ -79,7 +81,7 @@ def _record(checkpoint: Path, reference: str) -> dict[str, Any]:
     teacher = _text_at(config, path, "model", "teacher", "path")
     if method is not None and method.two_sided and teacher:
         bases["teacher"] = str(base_model(teacher))
-    return {"config": config, "fingerprints": read_state(checkpoint).fingerprints, "policy": policy, **bases}
+    return {"config": config, "fingerprints": checkpoint.train_state().fingerprints, "policy": policy, **bases}
 
 
 def _text_at(config: dict[str, Any], path: Path, *keys: str) -> str | None:
