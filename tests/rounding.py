@@ -31,6 +31,15 @@ def of_sum(terms: int, dtype: torch.dtype = torch.float32) -> float:
     return _ROOM * terms * unit(dtype)
 
 
+def of_model(layers: int, widest: int, dtype: torch.dtype = torch.float32) -> float:
+    """How far results of a model may be off, relative to their norm: log-probs, a loss, a whole gradient.
+
+    A pass forward and one back, each through so many layers, whose products are sums of up to ``widest`` terms. This is
+    a rule and no proof, as layers can magnify what is off: ten times what is seen, and a hundredth of any fault.
+    """
+    return of_sum(2 * layers * widest, dtype)
+
+
 @dataclass(frozen=True)
 class Rounded:
     """Values as they are exactly, and how far those of a computation may be from them.

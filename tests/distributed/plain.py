@@ -1,4 +1,4 @@
-"""The same methods in plain ``transformers`` and PyTorch: one sequence at a time, whole logits, no padding, fp32.
+"""The same methods in plain ``transformers`` and PyTorch: one sequence at a time, whole logits, no padding, fp64.
 
 Shares no code with the package: prompts come from ``apply_chat_template``, spans from counting characters (pairs are
 ASCII), the loss from its formula, the update from ``torch.optim.AdamW``.
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.distributed.world import TOLERANCE
+
 
 @dataclass(frozen=True)
 class Optim:
@@ -30,11 +32,48 @@ class Optim:
 
 @dataclass
 class Trained:
-    """Of each step the metrics and gradients; the weights after the last."""
+    """Of each step the metrics and gradients; the weights after the last.
+
+    ``chance``: of each step how large a part of each gradient is decided by rounding, in norm, see ``Ties``.
+    """
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    chance: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Ties:
+    """Absolute differences so near zero that rounding decides which way they pull.
+
+    Attributes:
+        seen: Values, the absolute differences that they are in, and which of those are near zero.
+    """
+
+    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def difference(self, values: Tensor, others: Tensor) -> Tensor:
+        """``|values - others|``, of which the ties are noted."""
+        values, others = torch.broadcast_tensors(values, others)
+        found = (values - others).abs()
+        if found.requires_grad:
+            found.retain_grad()
+            self.seen.append((values, found, found < TOLERANCE * (values + others)))
+        return found
+
+    def chance(self, named: dict[str, Tensor]) -> dict[str, float]:
+        """By parameter what the gradients would be off by if every tie pulled the other way; then none is noted."""
+        off = dict.fromkeys(named, 0.0)
+        for values, found, ties in self.seen:
+            assert found.grad is not None
+            for place in ties.nonzero().tolist():
+                weighted = 2 * found.grad[tuple(place)] * values[tuple(place)]
+                grads = torch.autograd.grad(weighted, list(named.values()), retain_graph=True, allow_unused=True)
+                for name, grad in zip(named, grads, strict=True):
+                    off[name] += 0.0 if grad is None else float(grad.norm())
+        self.seen.clear()
+        return off
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _model(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
 
 def tokens(folder: Path, row: dict[str, Any], name: str) -> Tokens:
@@ -78,7 +117,7 @@ def tokens(folder: Path, row: dict[str, Any], name: str) -> Tokens:
 def logprobs(model: PreTrainedModel, sequence: Tokens) -> Tensor:
     """Log-prob of each response token, ``[n_response]``."""
     ids = torch.tensor([sequence.prompt + sequence.response])
-    every = torch.log_softmax(model(ids).logits[0].float(), dim=-1)
+    every = torch.log_softmax(model(ids).logits[0], dim=-1)
     first = len(sequence.prompt)
     return every[first - 1 : -1].gather(1, ids[0, first:, None]).squeeze(1)
 
@@ -139,7 +178,7 @@ class Method:
             rewards, sums = rewards.flip(1), sums.flip(1)
         margin = rewards[:, 0] - rewards[:, 1]
         loss = torch.log1p(torch.exp(-margin)).mean()
-        metrics = {"loss": loss, "margin": margin.mean(), "accuracy": (margin > 0).float().mean()}
+        metrics = {"loss": loss, "margin": margin.mean(), "accuracy": (margin > 0).double().mean()}
         for i, name in enumerate(("chosen", "rejected")):
             metrics |= {f"reward_{name}": rewards[:, i].mean(), f"logprob_{name}": sums[:, i].mean()}
         return loss, {name: float(value) for name, value in metrics.items()}
@@ -156,7 +195,10 @@ class Method:
 
 
 def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
-    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe ``extra``."""
+    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe more.
+
+    ``extra`` is trained beside the policy; ``ties`` notes what rounding decides.
+    """
     rows = read_rows(pairs)
     batches = [rows[start : start + global_batch] for start in range(0, len(rows), global_batch)]
     model, trained = _model(method.policy), Trained()
@@ -166,14 +208,15 @@ def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps
         for those, peak in ((named, optim.lr), (extra, getattr(method, "extra_lr", 0.0)))
         for matrix, decay in ((True, optim.weight_decay), (False, 0.0))
     ]
-    named = named | extra
+    named, ties = named | extra, getattr(method, "ties", Ties())
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, eps=optim.eps)
     for step in range(total_steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total_steps))
         optimizer.zero_grad()
         loss, metrics = method.loss(model, batches[step % len(batches)])
-        loss.backward()
+        loss.backward(retain_graph=bool(ties.seen))
+        trained.chance.append(ties.chance(named))
         trained.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
         norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_grad)
         trained.metrics.append({**metrics, "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})

@@ -1,4 +1,4 @@
-"""The distillation baselines in plain ``transformers`` and PyTorch: whole logits, one response at a time, fp32."""
+"""The distillation baselines in plain ``transformers`` and PyTorch: whole logits, one response at a time, fp64."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.distributed.plain import tokens
+from tests.distributed.plain import Ties, tokens
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def read(model: PreTrainedModel, folder: Path, row: dict[str, Any]) -> Side:
 
 @cache
 def _teacher(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Distillation:
         kind: "uld", "multilevel_ot" or "dskd".
         options: Values of its config.
         extra: What is trained beside the student, by name; of ``options["projector_lr"]``.
+        ties: What rounding decides.
     """
 
     policy: Path
@@ -66,6 +67,7 @@ class Distillation:
     kind: str
     options: dict[str, Any]
     extra: dict[str, Tensor] = field(default_factory=dict)
+    ties: Ties = field(default_factory=Ties)
 
     @property
     def extra_lr(self) -> float:
@@ -83,7 +85,8 @@ class Distillation:
                 pull, rate = dskd(student, teacher, self.extra, self.options["temperature"]), self.options["rate"]
                 total = total + (1 - rate) * label + rate * pull
             else:
-                pull = {"uld": uld, "multilevel_ot": multilevel_ot}[self.kind](student, teacher, self.options)
+                transport = {"uld": uld, "multilevel_ot": multilevel_ot}[self.kind]
+                pull = transport(student, teacher, self.options, self.ties)
                 total = total + label + self.options["weight"] * pull
             entropy, distillation = entropy + label.item(), distillation + pull.item()
             count += len(student.labels)
@@ -92,9 +95,9 @@ class Distillation:
         return loss, metrics
 
 
-def uld(student: Side, teacher: Side, options: dict[str, Any]) -> Tensor:
+def uld(student: Side, teacher: Side, options: dict[str, Any], ties: Ties) -> Tensor:
     """Token by token, until the shorter tokenization ends."""
-    total = torch.tensor(0.0)
+    total = torch.tensor(0.0, dtype=torch.double)
     for p, q in zip(student.probs, teacher.probs, strict=False):
         p, q = p.sort(descending=True)[0], q.sort(descending=True)[0]
         if options.get("top_k"):
@@ -102,16 +105,16 @@ def uld(student: Side, teacher: Side, options: dict[str, Any]) -> Tensor:
             p, q = (torch.cat([x[:k], x[k:].sum()[None]]) for x in (p, q))
         size = max(len(p), len(q))
         p, q = (torch.cat([x, torch.zeros(size - len(x))]) for x in (p, q))
-        total = total + (p - q).abs().sum()
+        total = total + ties.difference(p, q).sum()
     return total
 
 
-def multilevel_ot(student: Side, teacher: Side, options: dict[str, Any]) -> Tensor:
+def multilevel_ot(student: Side, teacher: Side, options: dict[str, Any], ties: Ties) -> Tensor:
     """Absolute differences and logarithmic costs of equal places, and Sinkhorn over the response."""
     p, q = (side.probs.sort(descending=True)[0][:, : options["top_k"]] for side in (student, teacher))
     n = min(len(p), len(q))
-    total = (p[:n] - q[:n]).abs().sum() - options["logarithmic_weight"] * (q[:n] * p[:n].log()).sum()
-    cost = (p[:, None] - q[None]).abs().sum(-1)
+    total = ties.difference(p[:n], q[:n]).sum() - options["logarithmic_weight"] * (q[:n] * p[:n].log()).sum()
+    cost = ties.difference(p[:, None], q[None]).sum(-1)
     plan = torch.exp(-cost / options["epsilon"])
     for _ in range(options["iterations"]):
         plan = plan / plan.sum(1, keepdim=True)
@@ -152,5 +155,5 @@ def draw_projectors(student: int, teacher: int, seed: int) -> dict[str, Tensor]:
     ):
         for kind, shape in (("weight", (out, size)), ("bias", (out,))):
             uniform = torch.empty(shape).uniform_(-(size**-0.5), size**-0.5, generator=generator)
-            drawn[f"projectors.{name}.{kind}"] = uniform.requires_grad_()
+            drawn[f"projectors.{name}.{kind}"] = uniform.double().requires_grad_()
     return drawn

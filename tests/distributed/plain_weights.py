@@ -15,12 +15,12 @@ from tests.distributed.plain import Tokens, shared_ends, span_scores, span_sums,
 
 def margins(model: PreTrainedModel, sequence: Tokens) -> Tensor:
     """Log-prob of each response token less that of the likeliest other one, ``[n_response]``."""
-    logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0].double()
+    logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0]
     found = []
     for position, token in enumerate(sequence.response, start=len(sequence.prompt) - 1):
         every = torch.log_softmax(logits[position], dim=-1).tolist()
         found.append(every[token] - max(value for word, value in enumerate(every) if word != token))
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.double)
 
 
 def drawn(seed: int, pair_id: str, name: str, size: int) -> list[float]:
@@ -37,10 +37,10 @@ def weights(kind: str, home: Path, row: dict[str, Any], name: str) -> Tensor:
     own, other = tokens(student, row, name), tokens(teacher, row, name)
     bounds = shared_ends(own, other)
     if kind == "uniform":
-        return torch.ones(len(bounds))
+        return torch.ones(len(bounds), dtype=torch.double)
     draws = drawn(0, row["id"], name, len(bounds))
     if kind == "random":
-        return torch.tensor(draws)
+        return torch.tensor(draws, dtype=torch.double)
 
     def by_teacher(folder: str) -> Tensor:
         return span_scores(home / folder, student, teacher, row, name)
@@ -65,7 +65,7 @@ def weights(kind: str, home: Path, row: dict[str, Any], name: str) -> Tensor:
         found = [sum(found) / len(found)] * len(found)
     elif kind == "shuffled":
         found = [weight for _, weight in sorted(zip(draws, found, strict=True))]
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.double)
 
 
 def token_weights(home: Path, row: dict[str, Any], name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """What a job of ``worker`` wrote down, put together from its ranks, and how far two such results are apart."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,16 @@ def exported(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative distance in norm over the tensors, which must be the same ones."""
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor], chance: Mapping[str, float] | None = None) -> float:
+    """The largest relative distance in norm over the tensors, which must be the same ones.
+
+    ``chance``: how far each may be off by what rounding decides.
+    """
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
-    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+    apart = {name: float((found[name].double() - expected[name].double()).norm()) for name in expected}
+    return max(
+        max(0.0, far - (chance or {}).get(name, 0.0)) / float(expected[name].norm()) for name, far in apart.items()
+    )
 
 
 def metric_distance(found: list[dict[str, float]], expected: list[dict[str, float]]) -> float:

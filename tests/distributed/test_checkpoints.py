@@ -13,6 +13,7 @@ from ctpd_nemo.pipeline.export import ExportConfig, export
 from tests.distributed.conftest import Launches
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
 from tests.distributed.resume_jobs import CHECKPOINT, CONTINUED, CUT, STEPS, STORED
+from tests.distributed.world import TOLERANCE
 
 _TIMES = ("step_seconds", "tokens_per_second", "data_wait_seconds", "data_wait_share")
 AGAIN = [(source, target) for cases in CONTINUED.values() for source, target, _ in cases if target.endswith("again")]
@@ -74,9 +75,10 @@ def test_a_checkpoint_goes_on_in_another_layout(source: str, target: str, resume
     steps, expected = _steps(elsewhere), _steps(whole)
     # Counts of weights by size: one that rounds to the other side of an edge is counted there.
     assert [row.pop("weights", None) is None for row in steps] == [row.pop("weights", None) is None for row in expected]
-    assert metric_distance(steps, expected) < 1e-5
+    # Each is off by rounding.
+    assert metric_distance(steps, expected) < 2 * TOLERANCE
     # Weights after more steps of AdamW: its moments were carried over, too.
-    assert distance(*(exported(resume / name / "export") for name in (target, "one-whole"))) < 1e-5
+    assert distance(*(exported(resume / name / "export") for name in (target, "one-whole"))) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("policy", ["student", "teacher"])

@@ -26,11 +26,8 @@ from tests.distributed.distillation_jobs import (
     train_plain,
 )
 from tests.distributed.results import distance, exported, metric_distance, read
+from tests.distributed.world import TOLERANCE
 
-TOLERANCE = 1e-5
-# The sequence level compares every token of one side with every one of the other. Of ten thousand differences of a step
-# one may be rounding; its sign is chance then, and its share of the gradient is 1e-5.
-TIES = 1e-4
 PROJECTORS = tuple(f"projectors.{name}.{kind}" for name in ("query", "s2t", "t2s") for kind in ("weight", "bias"))
 JOBS = [
     pytest.param(processes, slow, f"{layout}/{name}", marks=[pytest.mark.slow] if slow else [], id=f"{layout}-{name}")
@@ -81,10 +78,16 @@ def test_gradients_are_those_of_plain_pytorch(
     processes: int, slow: bool, job: str, folder: Folder, expected: Callable[[str], plain.Trained]
 ) -> None:
     """Those of the projectors among them, which tensor-parallel ranks hold bit for bit alike."""
-    found, name = read(folder(processes, slow) / job), job.split("/")[1]
+    found, plainly = read(folder(processes, slow) / job), expected(job.split("/")[1])
     for step in GRADIENTS:
-        tolerance = TIES if step and name.startswith("multilevel_ot") else TOLERANCE
-        assert distance(found.gradients[step], expected(name).gradients[step]) < tolerance
+        assert distance(found.gradients[step], plainly.gradients[step], plainly.chance[step]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["uld", "uld_top_k", "multilevel_ot"])
+def test_of_all_gradients_little_is_left_to_chance(name: str, expected: Callable[[str], plain.Trained]) -> None:
+    """What the comparison is worth."""
+    for gradients, chance in zip(expected(name).gradients, expected(name).chance, strict=True):
+        assert all(chance[name] < 0.01 * float(gradients[name].norm()) for name in gradients)
 
 
 @pytest.mark.parametrize(("processes", "slow", "job"), JOBS)
@@ -123,7 +126,7 @@ def test_cache_holds_the_largest_log_probs_of_transformers(
 ) -> None:
     cached = folder(processes, slow) / layout / "cache"
     teacher = launches.home / "teacher"
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
     stored = {
         row["pair_id"]: row
         for file in sorted(cached.glob("top_k-*.parquet"))
@@ -137,9 +140,9 @@ def test_cache_holds_the_largest_log_probs_of_transformers(
             logits = model(torch.tensor([sequence.prompt + sequence.response])).logits[0]
         top = logits[len(sequence.prompt) - 1 : -1].log_softmax(-1).topk(20)
         found = stored[row["id"]]
-        np.testing.assert_allclose(found["logprobs"], top.values.ravel(), atol=1e-5)
+        np.testing.assert_allclose(found["logprobs"], top.values.ravel(), rtol=TOLERANCE)
         np.testing.assert_array_equal(found["ids"], top.indices.ravel())
-        np.testing.assert_allclose(found["tail"], 1 - top.values.exp().sum(-1), atol=1e-5)
+        np.testing.assert_allclose(found["tail"], 1 - top.values.exp().sum(-1), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("processes", "source", "target"), AGAIN)
@@ -161,7 +164,8 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(
             assert here.keys() == there.keys()
             assert all(torch.equal(here[name], there[name]) for name in here)
         else:
-            assert distance(here, there) < TOLERANCE
+            # Each is off by rounding.
+            assert distance(here, there) < 2 * TOLERANCE
 
 
 def test_export_of_dskd_is_the_student_alone(folder: Folder, launches: Launches) -> None:

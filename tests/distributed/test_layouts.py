@@ -15,8 +15,7 @@ from tests.distributed import plain, plain_weights
 from tests.distributed.conftest import Launches
 from tests.distributed.jobs import LAYOUTS, NUM_STEPS, VARIANTS
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
-
-TOLERANCE = 1e-5
+from tests.distributed.world import TOLERANCE
 
 Plain = Callable[[str], plain.Trained]
 
@@ -80,9 +79,10 @@ def test_loss_and_gradients_are_those_of_one_process(layout: str, method: str, l
     alone = "one" if method in LAYOUTS["one"].methods else "one-packed-variants"
     found, one = job(launches, layout, method), job(launches, alone, method)
     losses = [[{"loss": row["loss"]} for row in run.metrics] for run in (found, one)]
-    assert metric_distance(*losses) < TOLERANCE
+    # Each is off by rounding.
+    assert metric_distance(*losses) < 2 * TOLERANCE
     for step in range(NUM_STEPS):
-        assert distance(found.gradients[step], one.gradients[step]) < TOLERANCE
+        assert distance(found.gradients[step], one.gradients[step]) < 2 * TOLERANCE
 
 
 def _both_ways() -> list:
@@ -103,9 +103,10 @@ def test_cached_and_online_models_give_the_same_step(
     cached, online = job(launches, layout, from_cache), job(launches, layout, beside)
     names = ("loss", "margin", "reward_chosen", "reward_rejected", "grad_norm")
     rows = [[{name: row[name] for name in names} for row in run.metrics] for run in (cached, online)]
-    assert metric_distance(*rows) < TOLERANCE
+    # Each is off by rounding.
+    assert metric_distance(*rows) < 2 * TOLERANCE
     for step in range(NUM_STEPS):
-        assert distance(cached.gradients[step], online.gradients[step]) < TOLERANCE
+        assert distance(cached.gradients[step], online.gradients[step]) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize(("layout", "method"), [case for case in _trained() if at_reference(case.values[1])])

@@ -13,6 +13,7 @@ import torch
 from tests.distributed import plain, plain_weights
 from tests.distributed.conftest import Launches
 from tests.distributed.jobs import LAYOUTS
+from tests.distributed.world import TOLERANCE
 
 # The folder of each role; what is left reads the student's tokens.
 OF_TEACHER = {"reference": "teacher", "positive": "positive", "negative": "negative", "margin": "teacher"}
@@ -41,7 +42,7 @@ def _spans(home: Path, role: str, folder: str, row: dict[str, Any], name: str) -
     sides = [home / "student", home / "teacher"]
     reads = sides if role in OF_TEACHER else sides[::-1]
     of = plain_weights.margins if role == "margin" else plain.logprobs
-    return plain.span_scores(home / folder, *reads, row, name, of).double().numpy()
+    return plain.span_scores(home / folder, *reads, row, name, of).numpy()
 
 
 @cache
@@ -63,13 +64,14 @@ def distance(found: Scores, expected: Scores) -> float:
 @pytest.mark.parametrize("layout", SCORED)
 def test_cache_holds_the_span_sums_of_plain_transformers(layout: str, launches: Launches) -> None:
     found = read_cache(launches.layout(layout) / "cache")
-    assert distance(found, plain_scores(launches.home)) < 1e-5
+    assert distance(found, plain_scores(launches.home)) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", SCORED)
 def test_cache_of_any_layout_is_that_of_one_process(layout: str, launches: Launches) -> None:
     found = read_cache(launches.layout(layout) / "cache")
-    assert distance(found, read_cache(launches.layout("one") / "cache")) < 1e-5
+    # Each is off by rounding.
+    assert distance(found, read_cache(launches.layout("one") / "cache")) < 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("layout", SCORED)
@@ -88,7 +90,7 @@ def test_replicas_may_be_more_than_shards(launches: Launches) -> None:
         for key, scores in read_cache(launches.home / "one" / "cache").items()
         if key[0] in ("positive", "negative")
     }
-    assert distance(found, expected) < 1e-5
+    assert distance(found, expected) < 2 * TOLERANCE
 
 
 def test_spans_hold_several_tokens_of_either_side(launches: Launches) -> None:

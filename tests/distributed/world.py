@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from ctpd_nemo.pipeline.tiny_world.tokenizers import settled_pieces
+from tests.rounding import of_model
 
 WORDS = [
     "the",
@@ -69,7 +70,15 @@ MAX_LENGTH = 66
 NUM_PAIRS = 6
 GLOBAL_BATCH = 5
 
-_SIZES = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96}
+LAYERS, WIDEST = 4, 76
+# How far a job may be from what is exact: the products have sums of 76 terms at the most, the teacher's MLP.
+TOLERANCE = of_model(LAYERS, WIDEST)
+_SIZES = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+}
 
 
 def build_world(home: Path) -> None:
@@ -82,7 +91,7 @@ def build_world(home: Path) -> None:
     student = LlamaConfig(
         **_SIZES, hidden_size=32, intermediate_size=60, head_dim=16, tie_word_embeddings=True, vocab_size=_odd(unigram)
     )
-    teacher = Qwen2Config(**_SIZES, hidden_size=40, intermediate_size=76, vocab_size=_odd(bpe))
+    teacher = Qwen2Config(**_SIZES, hidden_size=40, intermediate_size=WIDEST, vocab_size=_odd(bpe))
     write_model(home / "student", student, unigram, seed=1)
     for seed, name in enumerate(("teacher", "positive", "negative"), start=2):
         write_model(home / name, teacher, bpe, seed)
