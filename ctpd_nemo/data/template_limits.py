@@ -18,8 +18,10 @@ from markupsafe import Markup
 # Real templates write messages once, and make each a few times on the way.
 _MOST_TEXT, _MOST_COPIES = 1_000_000, 16
 _MOST_MADE, _MOST_MADE_COPIES = 64_000_000, 256
-# A step (a turn of a loop, a call, a comparison) costs as much as so many characters.
-_STEP = 64
+# A step (a turn of a loop, a call, a comparison) costs as much as so many characters,
+_STEP = 128
+# and an item of a list or mapping as so many.
+_ITEM = 8
 _MOST_BITS = 4096
 _MOST_DEPTH = 64
 _MOST_KEYS = 10_000
@@ -93,7 +95,7 @@ def measure(value: Any, most: float) -> int:
     size, left = 0, [(value, 0)]
     while left:
         item, depth = left.pop()
-        size += 1
+        size += _ITEM
         if isinstance(item, str):
             size += len(item)
         elif isinstance(item, dict):
@@ -104,7 +106,7 @@ def measure(value: Any, most: float) -> int:
             size += check_number(item) // 3
         elif not isinstance(item, _PLAIN):
             raise TemplateFaultError(f"a {type(item).__name__} where text, numbers, lists and mappings can stand")
-        if size + len(left) > most:
+        if size + _ITEM * len(left) > most:
             raise TemplateFaultError(f"a value of more than {int(most):,} characters and items")
         if depth > _MOST_DEPTH:
             raise TemplateFaultError(f"values nested more than {_MOST_DEPTH} deep")
@@ -137,7 +139,7 @@ def made(value: Any) -> Any:
     elif isinstance(value, GeneratorType):
         return steps(value)
     elif isinstance(value, _MEASURED):
-        at.charge(len(value))
+        at.charge(_ITEM * len(value))
         measure(value, at.most)
     else:
         if isinstance(value, int):

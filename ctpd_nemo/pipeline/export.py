@@ -1,7 +1,7 @@
 """From a checkpoint to a Hugging Face folder."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from ctpd_nemo.convert.export import export_hf
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import base_model, model_name, write_card
+from ctpd_nemo.evaluation.base_models import base_of, without_places
+from ctpd_nemo.evaluation.card import model_name, write_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import SideConfig
 from ctpd_nemo.models.methods import METHODS
@@ -117,15 +118,20 @@ def _started_in(folder: Path) -> str | None:
 
 
 def _record(config: dict[str, Any], folder: Path, fingerprints: dict[str, str], reference: str) -> dict[str, Any]:
-    """What the card says of a run: its config, where it started from, and the fingerprints in the checkpoint."""
+    """What the card says of a run: its config, what it was made of, and the fingerprints in the checkpoint."""
     path = folder / "config.json"
     policy = _text_at(config, path, "policy") or "student"
-    bases = {policy: str(base_model(reference))}
+    bases = {policy: base_of(reference)}
     method = METHODS.get(_text_at(config, path, "method", "name") or "")
     teacher = _text_at(config, path, "model", "teacher", "path")
     if method is not None and method.two_sided and teacher:
-        bases["teacher"] = str(base_model(teacher))
-    return {"config": config, "fingerprints": fingerprints, "policy": policy, **bases}
+        bases["teacher"] = base_of(teacher)
+    return {
+        "config": without_places(config),
+        "fingerprints": fingerprints,
+        "policy": policy,
+        "bases": {side: asdict(base) for side, base in bases.items()},
+    }
 
 
 def _text_at(config: dict[str, Any], path: Path, *keys: str) -> str | None:
