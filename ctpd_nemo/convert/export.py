@@ -1,5 +1,6 @@
 """Megatron-Core weights to a Hugging Face folder that ``AutoModelForCausalLM`` loads."""
 
+import hashlib
 import json
 import logging
 import os
@@ -12,11 +13,12 @@ from types import TracebackType
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_pg_size
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ctpd_nemo.convert.architecture import Architecture, read_architecture
+from ctpd_nemo.convert.companions import ReaderFiles, copy_companions
 from ctpd_nemo.convert.layout import (
     blocks_shape,
     hf_tensor_shapes,
@@ -27,27 +29,11 @@ from ctpd_nemo.convert.layout import (
 from ctpd_nemo.convert.load import chunk_parameters
 from ctpd_nemo.convert.safetensors_folder import INDEX_FILE, SINGLE_FILE, SafetensorsFolder
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.text_files import naming
 
 _logger = logging.getLogger(__name__)
 
 GlobalTensor = Callable[[str, tuple[int, ...]], Tensor]
 """``(checkpoint name, shape) -> the whole tensor``; see :func:`hf_tensors`."""
-
-# What travels with the weights: the tokenizer in its many forms, generation defaults, and the terms of the licence.
-_COMPANIONS = (
-    "tokenizer*",
-    "*.model",
-    "vocab.*",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tekken.json",
-    "chat_template*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 
 
 def export_hf(
@@ -57,6 +43,8 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     finish: Callable[[Path], None] | None = None,
+    reader: ReaderFiles | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a Hugging Face folder, all of it or nothing: it appears under its name once it is complete.
 
@@ -64,23 +52,26 @@ def export_hf(
 
     Args:
         folder: To write; must not exist, or be empty.
-        reference: The Hugging Face folder that the model was loaded from. Config, tokenizer, generation config and
-            licence are copied from it.
+        reference: The Hugging Face folder that the model was loaded from. Config, generation config and licence are
+            copied from it, and the tokenizer where no other is given.
         global_tensor: Where the weights come from, see :func:`hf_tensors`.
         dtype: Of all exported tensors; by default each has the dtype of its namesake in ``reference``.
         max_shard_bytes: A shard is closed before it would grow beyond this.
         finish: Called with the folder before it has its name, to add files of its own.
+        reader: Tokenizer, chat template and stop tokens that are not those of ``reference``.
+        check: Called with the folder when all is in it, before it has its name; what it raises leaves no folder.
 
     Raises:
-        InputError: ``folder`` is in use, or ``reference`` is no folder of a known family.
+        InputError: ``folder`` is in use, or ``reference`` is no folder of a known family; what was written is not what
+            is there.
     """
     folder, reference = Path(folder), Path(reference)
     architecture = read_architecture(reference)
     stored = SafetensorsFolder(reference, architecture)
-    with HFWriter(folder, max_shard_bytes) as writer:
+    with HFWriter(folder, max_shard_bytes, check) as writer:
         for name, tensor in hf_tensors(architecture, global_tensor):
             writer.add(name, tensor.to(dtype or stored.dtype(name)))
-        copy_companions(reference, writer.partial, dtype)
+        copy_companions(reference, writer.partial, dtype, reader)
         if finish is not None:
             finish(writer.partial)
     _logger.info("%s: %d tensors exported", folder, len(writer.weight_map))
@@ -137,15 +128,20 @@ def model_tensors(model_chunks: Sequence[GPTModel]) -> GlobalTensor:
 class HFWriter:
     """Sharded safetensors files with their index, in a folder that appears when it is complete.
 
-    A context manager: leaving it without an exception names the shards, writes the index and renames the folder;
-    an exception removes what was written.
+    A context manager: leaving it without an exception names the shards, writes the index, reads every tensor back,
+    and renames the folder; an exception removes what was written.
 
     Attributes:
         partial: The folder being written.
         weight_map: Tensor -> number of its shard.
     """
 
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+    def __init__(self, folder: Path, max_shard_bytes: int, check: Callable[[Path], None] | None = None) -> None:
+        """Args:
+        folder: To write; must not exist, or be empty.
+        max_shard_bytes: A shard is closed before it would grow beyond this.
+        check: Called with ``partial`` before it is renamed.
+        """
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(str(folder), "something already there", "a folder that does not exist yet")
         if not folder.name:
@@ -154,6 +150,8 @@ class HFWriter:
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.weight_map: dict[str, int] = {}
         self._max_shard_bytes = max_shard_bytes
+        self._check = check
+        self._sums: dict[str, str] = {}
         self._shard: dict[str, Tensor] = {}
         self._shard_bytes = 0
         self._shards = 0
@@ -168,16 +166,21 @@ class HFWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._finish()
-        else:
-            shutil.rmtree(self.partial, ignore_errors=True)
+        finished = False
+        try:
+            if kind is None:
+                self._finish()
+                finished = True
+        finally:
+            if not finished:
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Add a tensor; writes the shard at hand first where this one would make it too large."""
         if self._shard and self._shard_bytes + tensor.nbytes > self._max_shard_bytes:
             self._flush()
         self._shard[name] = tensor.cpu().contiguous()
+        self._sums[name] = tensor_sum(self._shard[name])
         self._shard_bytes += tensor.nbytes
         self._total_bytes += tensor.nbytes
         self.weight_map[name] = self._shards
@@ -209,22 +212,26 @@ class HFWriter:
             weight_map = {tensor: names[shard] for tensor, shard in self.weight_map.items()}
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
             (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self._read_back()
+        if self._check is not None:
+            self._check(self.partial)
         self.partial.replace(self.folder)
 
-
-def copy_companions(reference: Path, folder: Path, dtype: torch.dtype | None) -> None:
-    """Copy what is not weights: ``config.json`` (its dtype replaced where one is given), tokenizer, licence."""
-    if dtype is None:
-        _copy(reference / "config.json", folder)
-    else:
-        config = json.loads((reference / "config.json").read_text(encoding="utf-8"))
-        # transformers wrote torch_dtype until 4.55 and dtype since; both read both.
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in sorted({path for pattern in _COMPANIONS for path in reference.glob(pattern) if path.is_file()}):
-        _copy(path, folder)
+    def _read_back(self) -> None:
+        """Compare every tensor on disk with what was to be written, bit for bit."""
+        left = dict(self._sums)
+        for path in sorted(self.partial.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118
+                    if left.pop(name, None) != tensor_sum(shard.get_tensor(name)):
+                        raise InputError(str(path), f"{name} with other bits", "the tensor that was written")
+        if left:
+            raise InputError(str(self.partial), f"no {', '.join(sorted(left)[:3])}", "every tensor that was written")
 
 
-def _copy(path: Path, folder: Path) -> None:
-    with naming(folder / path.name):
-        shutil.copyfile(path, folder / path.name)
+def tensor_sum(tensor: Tensor) -> str:
+    """A checksum of a tensor's bits, dtype and shape."""
+    told = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+    if tensor.numel():
+        told.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()

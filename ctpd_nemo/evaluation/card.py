@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,28 @@ from typing import Any
 import yaml
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.base_models import (
+    RECORD,
+    BaseModel,
+    base_of,
+    of_record,
+    plain,
+    read_json,
+    terms_of,
+    without_places,
+)
 from ctpd_nemo.evaluation.front_matter import read_card, split_card
-from ctpd_nemo.json_files import read_object
 from ctpd_nemo.text_files import replace_text
 
 logger = logging.getLogger(__name__)
 
 BEGIN, END = "<!-- ctpd_nemo: begin -->", "<!-- ctpd_nemo: end -->"
-RECORD = "ctpd_nemo.json"
 EVALUATION = "evaluation.json"
 # Of a run's config, those that the card shows.
 _SECTIONS = ("method", "optim", "trainer", "data", "precision", "parallel")
 # Fingerprints of a run that say in other words what the config says.
 _NOT_DATA = ("method", "optim", "steps", "precision")
 _VERSIONS = ("ctpd-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
-_LONGEST_LICENCE = 200
-# Of ``huggingface_hub``: models--OWNER--NAME/snapshots/COMMIT.
-_CACHED = re.compile(r"(?:^|/)models--([^/]+)/snapshots/[^/]+/?\Z")
 
 
 def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name: str | None = None) -> bool:
@@ -43,8 +48,8 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
     Args:
         folder: The export.
         record: What it was made of: ``config`` (of the run), ``fingerprints``, ``policy`` (``student`` or
-            ``teacher``), and the folders ``student`` and ``teacher``. Kept as ``ctpd_nemo.json`` in the folder;
-            ``None`` reads it from there.
+            ``teacher``), and ``bases``, the models by what they are, or their folders ``student`` and ``teacher``.
+            Kept as ``ctpd_nemo.json`` in the folder; ``None`` reads it from there.
         name: Of the model; by default ``model_name`` of the folder.
 
     Returns:
@@ -54,11 +59,12 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
         InputError: The record or ``evaluation.json`` of the folder is not what an export and an evaluation write.
     """
     folder = Path(folder)
-    name = _plain(name or model_name(folder))
+    name = plain(name or model_name(folder))
     if record is None:
         record = _read_record(folder / RECORD)
     else:
-        record = {**_licences(record), **record, "versions": {name: _version(name) for name in _VERSIONS}}
+        bases = {side: asdict(base) for side, base in _bases(record).items()}
+        record = {**record, "bases": bases, "versions": {name: _version(name) for name in _VERSIONS}}
         replace_text(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=True) + "\n")
     path = folder / "README.md"
     before, after = "", "\n"
@@ -121,15 +127,16 @@ def _metadata(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any
         )
         for row in evaluation_rows(evaluation)
     ]
-    bases = [repository(str(record[side])) for side in ("student", "teacher") if record.get(side)]
-    method = _method(record)
+    bases, method = _bases(record), _method(record)
+    terms = terms_of(bases)
     data = ModelCardData(
-        base_model=bases or None,
+        base_model=[base.name for base in bases.values()] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        license="other",
-        license_name="see-license-of-the-base-models",
-        tags=["ctpd", "preference-distillation", *([_plain(method)] if method != "ctpd" else [])],
+        license=terms["license"],
+        license_name=terms.get("license_name"),
+        license_link=terms.get("license_link"),
+        tags=["ctpd", "preference-distillation", *([plain(method)] if method != "ctpd" else [])],
         datasets=None,
         model_name=name,
         eval_results=results or None,
@@ -137,25 +144,16 @@ def _metadata(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any
     return data.to_dict()
 
 
+def _bases(record: Mapping[str, Any]) -> dict[str, BaseModel]:
+    """The models that it was made of, by what they were to it; of an older record from their folders."""
+    known = of_record(record)
+    folders = {side: record[side] for side in ("student", "teacher") if record.get(side)}
+    return known or {side: base_of(str(folder)) for side, folder in folders.items()}
+
+
 def _method(record: Mapping[str, Any]) -> str:
     method = (record.get("config") or {}).get("method") or {}
     return str(method.get("name", "unknown"))
-
-
-def repository(folder: str) -> str:
-    """What a model is called on the Hub: ``owner/name`` where its folder is in a cache of the Hub, else its own name.
-
-    It can stand in ``base_model``: letters, digits, ``_``, ``-`` and ``.``, neither of these two twice in a row,
-    and one slash.
-    """
-    cached = _CACHED.search(folder)
-    parts = cached.group(1).split("--", 1) if cached else [Path(folder).name]
-    singles = (re.sub(r"--+|\.\.+", lambda marks: marks[0][0], _plain(part)) for part in parts)
-    return "/".join(single.removesuffix(".git").strip("-.") or "unnamed" for single in singles)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:96] or "unnamed"
 
 
 def evaluation_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -213,11 +211,14 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
     lines += [f"- {_code(name)}: {_code(value)}" for name, value in prints.items()]
     lines += [] if prints else ["No fingerprints are known."]
     lines += ["", "## Evaluation", "", *evaluation_table(evaluation), "", "## Licence", ""]
-    for side in ("student", "teacher"):
-        if record.get(side):
-            stated = (record.get("licences") or {}).get(side)
-            said = f"its folder states {_code(stated)}" if stated else "its folder states none, which must be checked"
-            lines.append(f"- {side} {_code(repository(str(record[side])))}: {said}.")
+    for side, base in _bases(record).items():
+        said = (
+            f"its folder states {_code(base.stated)}"
+            if base.stated
+            else "its folder states none, which must be checked"
+        )
+        link = f" ({_code(base.license_link)})" if base.license_link else ""
+        lines.append(f"- {side} {_code(base.name)}: {said}{link}.")
     lines += ["", "The terms of both, and of the data, may bind this model.", "", "## How to reproduce", ""]
     if config:
         lines += [
@@ -226,8 +227,8 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
             "",
             "    python tools/train.py --from-run FOLDER",
             "",
-            f"It trains with `config` of `{RECORD}` in that folder. What lies elsewhere now is given behind it, as"
-            " `model.student.path=...` or `data.train=[...]`.",
+            f"It trains with `config` of `{RECORD}` in that folder, which names files and folders and not where they"
+            " are: that is given behind it, as `model.student.path=...` and `data.train=[...]`.",
         ]
     lines += ["", "| package | version |", "|---|---|"]
     lines += [f"| {name} | {_code(value)} |" for name, value in (record.get("versions") or {}).items()]
@@ -235,7 +236,13 @@ def _body(name: str, record: Mapping[str, Any], evaluation: Mapping[str, Any]) -
 
 
 def _config_table(config: Mapping[str, Any]) -> list[str]:
+    config = without_places(config)
     rows = [("seed", config["seed"])] if "seed" in config else []
+    for side, values in (config.get("model") or {}).items():
+        given = values if isinstance(values, Mapping) else {}
+        # What decides how a conversation is written; whoever asks the model has to say the same variables.
+        keys = ("tokenizer", "chat_template", "chat_template_kwargs")
+        rows += [(f"model.{side}.{key}", given[key]) for key in keys if given.get(key)]
     for section in _SECTIONS:
         rows += [(f"{section}.{key}", value) for key, value in (config.get(section) or {}).items()]
     if not rows:
@@ -264,38 +271,6 @@ def _code(value: Any) -> str:
     return f"`{text}`" if text.strip() else "(empty)"
 
 
-def _licences(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"licences": {side: stated_licence(record[side]) for side in ("student", "teacher") if record.get(side)}}
-
-
-def base_model(folder: str | Path) -> Path:
-    """The folder that a chain of exports began with: what a stage trains is often the export of an earlier one."""
-    folder = Path(folder)
-    seen = {folder.resolve()}
-    while policy := (record := read_json(folder / RECORD)).get("policy"):
-        base = record.get(policy) if isinstance(policy, str) else None
-        if not isinstance(base, str) or not base or Path(base).resolve() in seen:
-            break
-        folder = Path(base)
-        seen.add(folder.resolve())
-    return folder
-
-
-def stated_licence(folder: str | Path) -> str | None:
-    """What a model folder says of its licence: in its card's metadata, else the first line of a licence file."""
-    folder = Path(folder)
-    metadata, _ = split_card(read_card(folder / "README.md") or "") or ({}, "")
-    for key in ("license_name", "license"):
-        # What is no text is none of a licence's names, and may be larger than anyone prints.
-        if metadata.get("license") and isinstance(stated := metadata.get(key), str) and stated:
-            return stated[:_LONGEST_LICENCE]
-    for path in sorted(folder.glob("LICENSE*")):
-        lines = (read_card(path) or "").splitlines()
-        if first := next((line.strip() for line in lines if line.strip()), None):
-            return f"{path.name}: {first[:_LONGEST_LICENCE]}"
-    return None
-
-
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """``evaluation.json`` of a folder, or an empty object where there is none.
 
@@ -318,21 +293,10 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 def _read_record(path: Path) -> dict[str, Any]:
     """``ctpd_nemo.json`` of a folder, or an empty object where there is none."""
     record = read_json(path)
-    parts = {name: record.get(name) for name in ("config", "fingerprints", "licences", "versions")}
+    parts = {name: record.get(name) for name in ("config", "fingerprints", "bases", "versions")}
     config = parts["config"] if isinstance(parts["config"], dict) else {}
     sections = {f"config.{name}": config.get(name) for name in _SECTIONS}
     for name, value in (parts | sections).items():
         if not isinstance(value, dict | None):
             raise InputError(f"{path}, {name}", repr(value), "keys and their values, as an export writes them")
     return record
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file, or an empty one where there is no file.
-
-    Raises:
-        InputError: The file holds something else.
-    """
-    if not path.exists():
-        return {}
-    return read_object(path)

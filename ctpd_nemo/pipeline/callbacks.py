@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.probe import take_probe
 from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.pipeline.step_rows import StepRows
 from ctpd_nemo.pipeline.stopping import StopRequest, stopped
@@ -59,6 +60,22 @@ class DataReport(Callback):
         """Report."""
         waited = f"{pl_module.data_wait.share:.2%} of step time spent waiting for data"
         logger.info("%-13s trained on %s; %s", self.title, self.stats, waited)
+
+
+class ProbeRecord(Callback):
+    """Writes down log-probs of the weights that training ends with, for an export to be compared with."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args:
+        folder: Of the run.
+        """
+        self._folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Take them; every rank takes part."""
+        probe = take_probe(pl_module)
+        if probe is not None and trainer.is_global_zero:
+            probe.write(self._folder)
 
 
 class StopBetweenShards(Callback):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import RECORD
+from ctpd_nemo.evaluation.base_models import RECORD, without_places
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.checkpoint_files import write_whole
@@ -103,6 +103,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = read_object(folder / RECORD, "the record of an export").get("config")
         if not isinstance(config, dict) or not config:
             raise InputError(f"{folder / RECORD}, config", repr(config), "the config of the run that was exported")
+        beside = folder.parent / CONFIG
+        # The run's own has where everything is; an export that has left it has names alone.
+        if beside.is_file() and without_places(own := read_object(beside)) == config:
+            return own
         return config
     return read_object(folder / CONFIG, "the config that a job wrote into its run folder")
 

@@ -21,7 +21,7 @@ from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.bad_steps import BadStepReport
-from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog
+from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog, ProbeRecord
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.encoded import use_encoded
@@ -84,6 +84,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         watch,
         heartbeat,
         BadStepReport(folder, run.trainer.max_bad_steps),
+        ProbeRecord(folder),
         checkpointing,
     ]
     done_steps = step_of(newest) if newest else 0

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import BEGIN, END, base_model, evaluation_rows, repository, write_card
+from ctpd_nemo.evaluation.base_models import base_of, repository, without_places
+from ctpd_nemo.evaluation.card import BEGIN, END, evaluation_rows, write_card
 
 HOSTILE = "a: b\n---\n# - [x](javascript:x) `|` <script> <!-- ctpd_nemo: end --> \x07 \u2028 \U0001f642"
 
@@ -112,7 +113,7 @@ def test_a_users_own_text_and_metadata_stay(tmp_path: Path) -> None:
             {"config": {"method": "ctpd"}},
             r"ctpd_nemo\.json, config\.method: found 'ctpd'; expected keys",
         ),
-        ("ctpd_nemo.json", {"licences": []}, r"ctpd_nemo\.json, licences: found \[\]; expected keys"),
+        ("ctpd_nemo.json", {"bases": []}, r"ctpd_nemo\.json, bases: found \[\]; expected keys"),
     ],
 )
 def test_a_damaged_file_is_named(file: str, content: Any, message: str, tmp_path: Path) -> None:
@@ -147,11 +148,115 @@ def test_hostile_text_breaks_nothing(hostile: str, tmp_path: Path) -> None:
 
 
 def test_the_base_of_a_chain_of_exports_is_its_beginning(tmp_path: Path) -> None:
-    first, second = tmp_path / "sft", tmp_path / "ctpd"
+    first, second, older = tmp_path / "sft", tmp_path / "ctpd", tmp_path / "older"
     for folder, student in ((first, tmp_path / "Llama-3.2-1B"), (second, first)):
         folder.mkdir()
         write_card(folder, record(tmp_path, student=str(student)))
-    assert base_model(second) == tmp_path / "Llama-3.2-1B"
+    older.mkdir()
+    (older / "ctpd_nemo.json").write_text(json.dumps({"policy": "student", "student": str(second)}))
+    for folder in (first, second, older):
+        assert (base_of(folder).name, base_of(folder).license) == ("Llama-3.2-1B", "llama3.2")
+
+
+def test_no_card_and_no_record_names_a_place_of_the_machine(tmp_path: Path) -> None:
+    """Of every value of a run's config, whatever key it stands under."""
+    home = str(tmp_path)
+    places = [f"{home}/a folder/{n}" for n in range(9)]
+    config = {
+        "run_dir": places[0],
+        "from_run": places[1],
+        "model": {
+            "student": {"path": places[2], "tokenizer": places[3], "chat_template": places[4] + ".jinja"},
+            "teacher": {"path": f"{home}/hub/models--Qwen--Qwen2.5-7B/snapshots/0a1b/", "chat_template": "{# a/b #}"},
+        },
+        "data": {"train": [places[5], {"deeper": places[6]}], "encoded": "C:\\Users\\somebody\\encoded"},
+        "method": {"name": "ctpd", "scores": places[7], "positive": places[8] + "/"},
+    }
+    published = without_places(config)
+    assert published["model"]["student"] == {"path": "2", "tokenizer": "3", "chat_template": "4.jinja"}
+    assert published["model"]["teacher"] == {"path": "Qwen/Qwen2.5-7B", "chat_template": "{# a/b #}"}
+    assert published["data"] == {"train": ["5", {"deeper": "6"}], "encoded": "encoded"}
+    assert published["method"] == {"name": "ctpd", "scores": "7", "positive": "8"}
+    assert published.keys() == {"model", "data", "method"}
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_card(folder, record(tmp_path, config=config))
+    card = (folder / "README.md").read_text()
+    assert home not in card
+    assert "somebody" not in card
+    assert "| `data.encoded` | `encoded` |" in card
+
+
+@pytest.mark.parametrize(
+    ("front", "config", "name"),
+    [
+        ("base_model: Qwen/Qwen2.5-7B", {}, "Qwen/Qwen2.5-7B"),
+        ("base_model: [meta-llama/Llama-3.1-8B, other/one]", {}, "meta-llama/Llama-3.1-8B"),
+        ("base_model: Qwen/Qwen2.5-7B", {"_name_or_path": "Qwen/Qwen2.5-7B-Instruct"}, "Qwen/Qwen2.5-7B-Instruct"),
+        ("license: mit", {"_name_or_path": "/home/somebody/models/x"}, "My-Model"),
+        ("license: mit", {"_name_or_path": "../x"}, "My-Model"),
+        ("base_model: /home/somebody/x", {"_name_or_path": 7}, "My-Model"),
+        ("base_model: {a: b}", {"_name_or_path": ["a/b"]}, "My-Model"),
+        ("base_model: '`x`/<b>'", {}, "My-Model"),
+    ],
+)
+def test_a_base_model_is_called_as_its_own_card_or_config_does(
+    front: str, config: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "My Model"
+    base.mkdir()
+    (base / "README.md").write_text(f"---\n{front}\n---\n")
+    (base / "config.json").write_text(json.dumps(config))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    write_card(folder, record(tmp_path, student=str(base), teacher=None))
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == [name]
+    assert f"student `{name}`" in card.text
+
+
+MIT, OTHER = "license: mit", "license: other\nlicense_name: llama3.2\nlicense_link: https://example.com/terms"
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (MIT, MIT, ("mit", None, None)),
+        (OTHER, OTHER, ("other", "llama3.2", "https://example.com/terms")),
+        (MIT, OTHER, ("other", "see-license-of-the-base-models", None)),
+        (MIT, "tags: [a]", ("other", "see-license-of-the-base-models", None)),
+        ("tags: [a]", "tags: [a]", ("other", "see-license-of-the-base-models", None)),
+        ("license: other", "license: other", ("other", "see-license-of-the-base-models", None)),
+        (MIT, None, ("mit", None, None)),
+        (OTHER, None, ("other", "llama3.2", "https://example.com/terms")),
+    ],
+)
+def test_the_licence_is_that_of_all_models_it_was_made_of_where_it_is_one(
+    student: str, teacher: str | None, expected: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    folders = {"student": student, "teacher": teacher}
+    for side, front in folders.items():
+        if front is not None:
+            (tmp_path / side).mkdir()
+            (tmp_path / side / "README.md").write_text(f"---\n{front}\n---\n")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    given = {side: str(tmp_path / side) if front is not None else None for side, front in folders.items()}
+    write_card(folder, record(tmp_path, **given))
+    data = ModelCard.load(folder / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == expected
+    if student == OTHER:
+        assert "its folder states `llama3.2` (`https://example.com/terms`)" in (folder / "README.md").read_text()
+
+
+def test_the_variables_of_a_chat_template_are_in_the_card(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    side = {"path": "x", "chat_template_kwargs": {"enable_thinking": False}}
+    write_card(folder, record(tmp_path, config={"model": {"student": side}, "method": {"name": "sft"}}))
+    assert (
+        '| `model.student.chat_template_kwargs` | `{"enable_thinking": false}` |' in (folder / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("name", ["my--model..v2", "weights.git", "-a-", "..", "_x_", "a b", "\u00e9" * 200, "x" * 200])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ctpd_nemo.convert.export import HFWriter, copy_companions
+from ctpd_nemo.convert.companions import copy_companions
+from ctpd_nemo.convert.export import HFWriter
 from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.pipeline import entry, origin
 from ctpd_nemo.text_files import replace_text

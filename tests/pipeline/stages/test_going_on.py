@@ -87,7 +87,7 @@ def test_other_weights_or_another_tokenizer_repeat_what_was_made_from_them(finis
     moved = Path(shutil.copytree(finished.world.train.parent, tmp_path / "moved"))
     world = TinyWorld(*(moved / name for name in ("teacher", "student", "train.jsonl", "sft.jsonl", "test.jsonl")))
     template = moved / "student" / "chat_template.jinja"
-    template.write_text(template.read_text().replace("assistant", "helper"))
+    template.write_text("Be brief.\n" + template.read_text())
     overrides = [*recipe(world, tmp_path / "run"), "only=[sft_teacher,sft_student]"]
     assert done_again(run(overrides)) == ["sft_student"]
     config = moved / "teacher" / "config.json"
