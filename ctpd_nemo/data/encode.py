@@ -1,18 +1,25 @@
 """Preference pairs to token ids, with the responses cut into spans that both sides share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.chat_template import RefusedConversationError
 from ctpd_nemo.data.forms import PreferencePair
+from ctpd_nemo.data.messages import KeptFields
+from ctpd_nemo.data.template_fields import FieldReader, kept_fields
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans import AlignedSpans, align_batch
 
 SideName = Literal["policy", "reference"]
+# Characters of a text that an error shows.
+_SHOWN = 60
+
 Responses = tuple[Literal["chosen"]] | tuple[Literal["chosen"], Literal["rejected"]]
 
 
@@ -71,7 +78,10 @@ class EncodedPair:
         return [self.chosen if name == "chosen" else self.rejected for name in names]
 
 
-SKIP_REASONS = ("prompt_too_long", "too_long", "equal_after_truncation", "equal_tokens")
+# Faults of a row: with ``on_bad`` "stop" they stop a run.
+FAULTS = ("refused_by_template", "rewritten_by_template", "unread_field", "unknown_role", "refused_by_tokenizer")
+# Files name a reason by its place here.
+SKIP_REASONS = ("prompt_too_long", "too_long", "equal_after_truncation", "equal_tokens", *FAULTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +90,21 @@ class Skipped:
 
     ``prompt_too_long`` and ``too_long``: the prompt is over its own limit, or leaves no room for a span of a response.
     ``equal_after_truncation`` and ``equal_tokens``: nothing is left that tells chosen from rejected.
+    ``refused_by_template`` and ``rewritten_by_template``: a template fails on the pair, or does not write its response
+    as a turn of its own. ``unread_field`` and ``unknown_role``: it leaves out what carries meaning.
+    ``refused_by_tokenizer``: a tokenizer gives up on its text.
+
+    Attributes:
+        index: Its number in the dataset.
+        id: What the user calls it.
+        reason: Why.
+        why: The same in a line for people; empty where the reason says all.
     """
 
     index: int
     id: str
     reason: str
+    why: str = field(default="", compare=False)
 
 
 class PairEncoder:
@@ -102,6 +122,7 @@ class PairEncoder:
         include_eos: bool,
         max_length: int,
         max_prompt_length: int | None = None,
+        on_bad: str = "stop",
     ) -> None:
         """Set up the two sides; limits are in tokens and hold on either side.
 
@@ -111,6 +132,7 @@ class PairEncoder:
             include_eos: Whether the end of turn is a last span of every whole response.
             max_length: Longest sequence: a prompt and a response.
             max_prompt_length: Longest prompt; ``None`` for any that leaves room for a response.
+            on_bad: "stop" raises at a pair with one of ``FAULTS``, "skip" leaves it out like one that is too long.
 
         Raises:
             InputError: A limit is not positive.
@@ -122,6 +144,7 @@ class PairEncoder:
         self.include_eos = include_eos
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
+        self.on_bad = on_bad
         self._same_tokenizer = reference is None or reference.tokenizer_fingerprint == policy.tokenizer_fingerprint
         self.one_sided = reference is None or (
             self._same_tokenizer and reference.template_fingerprint == policy.template_fingerprint
@@ -132,19 +155,85 @@ class PairEncoder:
         """Build what alignment keeps for each tokenizer, so that processes forked later share it."""
         self._align([])
 
+    @property
+    def kept(self) -> KeptFields:
+        """What of a row beside its texts one of the templates may render."""
+        return kept_fields(self._readers)
+
     def encode(self, indices: Sequence[int], pairs: Sequence[PreferencePair]) -> list[EncodedPair | Skipped]:
         """Encode pairs, in order; their rows in the dataset are ``indices``.
 
+        A pair that a template or a tokenizer cannot take is left out, or named, and harms no other of them.
+
         Raises:
-            InputError: A template refuses a prompt.
+            RefusedConversationError: A pair has a fault, and ``on_bad`` is "stop".
         """
-        prompts, places = [pair.prompt for pair in pairs], [pair.place for pair in pairs]
-        policy_prompts = self.policy.render_prompts(prompts, places)
-        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts, places)
-        spans = self._align([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+        try:
+            return self._encode_all(indices, pairs)
+        except BaseException as error:
+            if not _is_of_a_row(error):
+                raise
+        return [self._encode_alone(index, pair) for index, pair in zip(indices, pairs, strict=True)]
+
+    def _encode_alone(self, index: int, pair: PreferencePair) -> EncodedPair | Skipped:
+        try:
+            return self._encode_all([index], [pair])[0]
+        except BaseException as error:
+            if not _is_of_a_row(error):
+                raise
+            fault = error
+        if not isinstance(fault, RefusedConversationError):
+            found, expected = f"text on which a tokenizer gives up ({fault})", "text that it can read"
+            fault = RefusedConversationError(pair.place, found, expected, "refused_by_tokenizer")
+        if self.on_bad == "stop":
+            raise fault
+        return Skipped(index, pair.id, fault.reason, str(fault))
+
+    def _encode_all(self, indices: Sequence[int], pairs: Sequence[PreferencePair]) -> list[EncodedPair | Skipped]:
+        if not pairs:
+            return []
+        prompts, places, fields = zip(*((pair.prompt, pair.place, pair.fields) for pair in pairs), strict=True)
+        texts = [self._texts(pair) for pair in pairs]
+        policy_prompts = self.policy.render_prompts(prompts, places, fields)
+        reference_prompts = policy_prompts if self.one_sided else self.reference.render_prompts(prompts, places, fields)
+        spans = self._align([chosen for chosen, _ in texts] + [rejected for _, rejected in texts])
         chosen_spans, rejected_spans = spans[: len(pairs)], spans[len(pairs) :]
+        for pair, own, *both in zip(pairs, texts, chosen_spans, rejected_spans, strict=True):
+            self._check_tokens(pair, own, both)
         rows = zip(indices, pairs, policy_prompts, reference_prompts, chosen_spans, rejected_spans, strict=True)
         return [self._encode_pair(*row) for row in rows]
+
+    @cached_property
+    def _readers(self) -> list[FieldReader]:
+        """Of the policy, and of the reference where that is another."""
+        return [FieldReader(side) for side in ([self.policy] if self.one_sided else [self.policy, self.reference])]
+
+    def _texts(self, pair: PreferencePair) -> tuple[str, str]:
+        """The responses of a pair; where one is more than its text, as the templates of both sides write it.
+
+        Raises:
+            RefusedConversationError: A template leaves out what carries meaning, or the two write it otherwise.
+        """
+        if pair.is_plain:
+            return pair.chosen, pair.rejected
+        for reader in self._readers:
+            reader.check(pair)
+        texts = []
+        for name in ("chosen", "rejected"):
+            first, *others = [reader.response(pair, name) for reader in self._readers]
+            if others and others[0] != first:
+                found = f"{name} as {first[:_SHOWN]!r} by the policy's template, {others[0][:_SHOWN]!r} by the other"
+                expected = "a response that both write alike: its spans are those of one text"
+                raise RefusedConversationError(pair.place, found, expected, "rewritten_by_template")
+            texts.append(first)
+        return texts[0], texts[1]
+
+    def _check_tokens(self, pair: PreferencePair, texts: tuple[str, str], spans: Sequence[AlignedSpans]) -> None:
+        """See ``FieldReader.check_tokens``; of pairs that are more than text."""
+        if pair.whole:
+            for name, text, own in zip(("chosen", "rejected"), texts, spans, strict=True):
+                for reader, ids in zip(self._readers, (own.student_ids, own.teacher_ids), strict=False):
+                    reader.check_tokens(pair, name, text, ids)
 
     def _align(self, texts: list[str]) -> list[AlignedSpans]:
         policy = self.policy.tokenizer
@@ -197,6 +286,16 @@ class PairEncoder:
         return EncodedResponse(
             policy, policy if self.one_sided else reference, bounds, n_text_spans + with_end, truncated
         )
+
+
+def _is_of_a_row(error: BaseException) -> bool:
+    """Whether an error is one of a conversation or of a text, and not of the run.
+
+    Tokenizers are programs in Rust. Where they cannot go on they raise an exception of no class of its own, and where
+    their author foresaw nothing a panic, which is no ``Exception``: a regular expression that takes too many steps.
+    """
+    panics = type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
+    return isinstance(error, RefusedConversationError) or panics or type(error) is Exception
 
 
 def _spans_that_fit(token_span: NDArray[np.int32], n_spans: int, room: int) -> int:

@@ -12,13 +12,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.chat_template import RefusedConversationError
+from ctpd_nemo.data.messages import BASIC_ROLES, Message, changed_texts, texts_in
 from ctpd_nemo.data.time_limit import time_limit
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans.text_backend import text_backend
@@ -87,31 +89,49 @@ class Side:
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
         return _fingerprint(json.dumps([self.chat_template, special, self.end_of_turn_ids.tolist()], sort_keys=True))
 
-    def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, place: str = "") -> str:
+    def render_text(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        place: str = "",
+        fields: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as the template writes it; ``place`` says in an error where the messages came from.
 
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether the assistant's turn is opened behind it.
+            place: Where it was read.
+            fields: Variables of the template that belong to this conversation, tools among them.
+
         Raises:
-            InputError: The template refuses the conversation.
+            RefusedConversationError: The template refuses the conversation.
         """
         template = self.chat_template
         if "strftime_now" in template:
             template = _PINNED_DATE + template
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        conversation = [message.as_dict() for message in messages]
         roles = ", ".join(message.role for message in messages)
         try:
             # transformers renders in Jinja's sandbox, where a template reaches neither files nor modules.
             with time_limit(_RENDER_SECONDS):
                 text = self.tokenizer.apply_chat_template(
-                    conversation, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+                    conversation,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **(fields or {}),
                 )
         except Exception as error:  # a template is a program: it can raise anything
             found = f"a template that fails on the roles {roles} ({str(error) or type(error).__name__})"
-            raise InputError(self._template_place(place), found, "a template that renders them") from error
+            raise RefusedConversationError(
+                self._template_place(place), found, "a template that renders them"
+            ) from error
         assert isinstance(text, str)
-        given = sum(len(message.content) for message in messages)
+        given = sum(len(one) for message in messages for one in message.texts()) + sum(map(len, texts_in(fields or {})))
         if len(text) > _MOST_ADDED + _MOST_COPIES * given:
             found = f"a template that makes {len(text):,} characters of {given:,}"
-            raise InputError(self._template_place(place), found, "a template that renders messages")
+            raise RefusedConversationError(self._template_place(place), found, "a template that renders messages")
         return text
 
     def check_roles(self, role_orders: Mapping[tuple[str, ...], str]) -> None:
@@ -127,32 +147,45 @@ class Side:
         self.render_prompts(prompts, list(role_orders.values()))
 
     def render_prompts(
-        self, prompts: Sequence[Sequence[Message]], places: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Sequence[Message]],
+        places: Sequence[str] | None = None,
+        fields: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[NDArray[np.int32]]:
         """Ids of prompts, up to and with the opening of the assistant's turn.
 
         Args:
             prompts: Conversations that end with a user's turn.
             places: Where each was read, for errors.
+            fields: Variables of the template that belong to each.
 
         Returns:
             int32 ``[n_tokens]`` for each.
 
         Raises:
-            InputError: The template refuses a conversation or renders nothing, or it changes a control token's string
-                that stands in a message.
+            RefusedConversationError: The template refuses a conversation or renders nothing, or it changes a control
+                token's string that stands in a message.
         """
         if not prompts:
             return []
         places = [""] * len(prompts) if places is None else places
-        texts = [self.render_text(prompt, place=place) for prompt, place in zip(prompts, places, strict=True)]
+        fields = [{}] * len(prompts) if fields is None else fields
+        given = list(zip(prompts, places, fields, strict=True))
+        texts = [self.render_text(prompt, place=place, fields=own) for prompt, place, own in given]
         rows = []
-        for prompt, place, text, ids in zip(prompts, places, texts, self._encode(texts), strict=True):
+        for (prompt, place, own), text, ids in zip(given, texts, self._encode(texts), strict=True):
+            # What is more than text of the usual roles may have a template write other control tokens.
+            special = bool(own) or any(message.extra or message.role not in BASIC_ROLES for message in prompt)
             written_by_user = any(self._control_pattern.search(message.content) for message in prompt)
-            if written_by_user or not np.array_equal(self._controls_of(ids), self._controls_of_template(prompt)):
-                ids = self._encode_by_role(prompt, text, place)
+            if (
+                special
+                or written_by_user
+                or not np.array_equal(self._controls_of(ids), self._controls_of_template(prompt))
+            ):
+                ids = self._encode_by_role(prompt, text, place, own)
             if not len(ids):
-                raise InputError(self._template_place(place), "a prompt of no tokens", "a template that opens a turn")
+                expected = "a template that opens a turn"
+                raise RefusedConversationError(self._template_place(place), "a prompt of no tokens", expected)
             rows.append(ids.astype(np.int32))
         return rows
 
@@ -225,7 +258,9 @@ class Side:
         secret = {token["id"]: token["content"] for token in spec["added_tokens"]}
         return backend, {content: (index, secret[index]) for index, content in self._control_tokens.items()}
 
-    def _encode_by_role(self, prompt: Sequence[Message], rendered: str, place: str = "") -> NDArray[np.int64]:
+    def _encode_by_role(
+        self, prompt: Sequence[Message], rendered: str, place: str = "", fields: Mapping[str, Any] | None = None
+    ) -> NDArray[np.int64]:
         """Tokenize a rendered prompt with the control tokens of the template alone.
 
         Control strings inside messages are marked, so that those the rendering holds unmarked are the template's.
@@ -237,13 +272,19 @@ class Side:
             written.append(found[0])
             return f"{mark}{len(written) - 1:08d}"
 
+        def hidden(text: str) -> str:
+            return self._control_pattern.sub(hide, text)
+
         marked = self.render_text(
-            [Message(message.role, self._control_pattern.sub(hide, message.content)) for message in prompt]
+            [message.with_texts(hidden) for message in prompt],
+            place=place,
+            fields=changed_texts(fields or {}, hidden),
         )
         mark_pattern = re.compile(mark + r"(\d{8})")
         if mark_pattern.sub(lambda found: written[int(found[1])], marked) != rendered:
             found = "a message with a control token's string, which the template does not print as it is"
-            raise InputError(self._template_place(place), found, "no " + " or ".join(sorted(set(written))))
+            expected = "no " + " or ".join(sorted(set(written)))
+            raise RefusedConversationError(self._template_place(place), found, expected)
         backend, secret_of = self._role_backend
         by_template: list[int] = []
 
@@ -258,7 +299,8 @@ class Side:
         ids = np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
         if not np.array_equal(self._controls_of(ids), self._controls_of(np.array(by_template, dtype=np.int64))):
             found = "a message in which the tokenizer's model sees a control token"
-            raise InputError(self._template_place(place), found, "control tokens that only their own strings make")
+            expected = "control tokens that only their own strings make"
+            raise RefusedConversationError(self._template_place(place), found, expected)
         return ids
 
 
