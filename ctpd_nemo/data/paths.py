@@ -40,10 +40,13 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         InputError: A pattern matches nothing.
     """
-    return [found for path in paths for found in _matches(Path(path))]
+    return [found for path in paths for found in _matches(path)]
 
 
-def _matches(path: Path) -> list[Path]:
+def _matches(given: str | Path) -> list[Path]:
+    if not str(given):
+        raise InputError("data", "an empty name", "a preference file")
+    path = Path(given)
     try:
         path = path.expanduser()
     except RuntimeError:
@@ -51,7 +54,7 @@ def _matches(path: Path) -> list[Path]:
         return [path]
     if not glob.has_magic(str(path)) or path.exists():
         return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
     if not found:
         raise InputError(str(path), "no file or folder that matches", "a pattern that matches some")
     return found

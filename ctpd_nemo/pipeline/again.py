@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ctpd_nemo.data.paths import relative_to
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import FOLDERS
 from ctpd_nemo.models.config import RunConfig
@@ -89,7 +90,7 @@ def _make_absolute(run: RunConfig, folder: Path) -> None:
         # A template is one by its braces; else it is the path of one.
         if side.chat_template is not None and "{" not in side.chat_template:
             side.chat_template = str(folder / side.chat_template)
-    run.data.train = [str(folder / path) for path in run.data.train]
-    run.data.validation = [str(folder / path) for path in run.data.validation]
+    run.data.train = [relative_to(folder, path) for path in run.data.train]
+    run.data.validation = [relative_to(folder, path) for path in run.data.validation]
     if run.data.encoded not in (None, "auto"):
         run.data.encoded = str(folder / run.data.encoded)
