@@ -53,7 +53,7 @@ def check_tables(
     for role, table in tables.items():
         place = f"{folders[role]}, {role}"
         if len(rows[role]) < len(table):
-            twice = table["pair_id"][_repeated(table, rows[role])].as_py()
+            twice = table["pair_id"][repeated(table, rows[role])].as_py()
             raise InputError(place, f"pair {twice!r} twice", "scores of each pair once; remove the cache, score again")
         for key in rows[first].keys() ^ rows[role].keys():
             holder, lacking = (first, role) if key in rows[first] else (role, first)
@@ -125,7 +125,7 @@ def _check_ids(place: str, ids: pa.ChunkedArray, expected: pa.ChunkedArray) -> N
         raise InputError(place, found, "scores of every pair of the data")
 
 
-def _repeated(table: pa.Table, rows: Mapping[Key, int]) -> int:
+def repeated(table: pa.Table, rows: Mapping[Key, int]) -> int:
     """A row of a pair that has another one, too: of those, ``rows`` holds the last."""
     last = set(rows.values())
     return next(row for row in range(len(table)) if row not in last)

@@ -30,7 +30,7 @@ from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
-from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, rows_of_pairs
+from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, repeated, rows_of_pairs
 
 Float32Array = NDArray[np.float32]
 
@@ -169,6 +169,10 @@ class TopKReader:
         self._table = pa.concat_tables(tables).combine_chunks()
         self._by_number, rows = rows_of_pairs({"top_k": self._table})
         self._rows = rows["top_k"]
+        if len(self._rows) < len(self._table):
+            twice = self._table["pair_id"][repeated(self._table, self._rows)].as_py()
+            expected = "log-probs of each pair once; remove the cache, score again"
+            raise InputError(f"{self.folder}, top_k", f"pair {twice!r} twice", expected)
 
     def _read(self, shard: int, manifest: Mapping[str, Any]) -> pa.Table:
         path = _shard_path(self.folder, shard)
