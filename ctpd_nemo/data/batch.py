@@ -1,5 +1,6 @@
 """The microbatch: sequences of several pairs, and the index of the span that each position predicts."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctpd_nemo.data.encode import EncodedPair, Responses, SideName, SideTokens
+from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.errors import InputError
 
@@ -28,13 +30,32 @@ class SpanScores(Protocol):
 
     Attributes:
         fingerprint: A name for the content of all of them.
+        of_numbers: Whether they know a pair by its number in the training data, as those of a cache do.
     """
 
     fingerprint: str
+    of_numbers: bool
 
     def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of chosen and rejected, then importance weights of both; f32 ``[n_spans]`` each."""
         ...
+
+
+class Renumbered:
+    """Scores of the pairs of one dataset, looked up by pairs of another that are among them."""
+
+    def __init__(self, scores: Any, scored: Sequence[PreferencePair], numbers: NDArray[np.int64]) -> None:
+        """Args:
+        scores: ``SpanScores``, or a ``TopKSource``.
+        scored: The pairs that these are of.
+        numbers: Of each pair of the other dataset its number among them, int64 ``[n]``.
+        """
+        self._scores, self._scored, self._numbers = scores, scored, numbers
+
+    def lookup(self, pair: EncodedPair) -> Any:
+        """What the scores say of the pair that is meant."""
+        number = int(self._numbers[pair.index])
+        return self._scores.lookup(dataclasses.replace(pair, index=number, id=self._scored[number].id))
 
 
 @dataclass(eq=False)

@@ -1,5 +1,6 @@
 """A chat template at work: a conversation in, text out, and nothing else decides that text."""
 
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -7,18 +8,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, meta
+from jinja2 import TemplateError, meta, nodes
 from transformers import PreTrainedTokenizerBase
 
 from ctpd_nemo.conf_folder import in_conf
-from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.messages import Message
 from ctpd_nemo.data.template_limits import TemplateFaultError
 from ctpd_nemo.data.template_sandbox import compiled, render_template
 from ctpd_nemo.errors import InputError
 
-# What a template is given by the conversation, and what names its renderer has.
-_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}
-_GIVEN |= {"template", "seconds", "range", "dict", "cycler", "joiner", "loop", "self", "caller", "varargs", "kwargs"}
+# What a template is given by the conversation and by transformers, and what names its renderer has.
+GIVEN = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "template", "seconds"}
+GIVEN |= {"range", "dict", "cycler", "joiner", "lipsum", "loop", "self", "caller", "varargs", "kwargs"}
+GIVEN |= set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 class RefusedConversationError(InputError):
@@ -76,13 +78,19 @@ class ChatTemplate:
         place: str = "",
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the template writes it; ``place`` says in an error where the messages came from.
+        """The conversation as the template writes it.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether the assistant's turn is opened behind it.
+            place: Where it was read, for errors.
+            variables: What else the template is given for this conversation alone, tools among them.
 
         Raises:
             RefusedConversationError: The template refuses the conversation.
             InputError: It takes more than rendering does, or its text is no function of the conversation.
         """
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        conversation = [message.as_dict() for message in messages]
         roles = ", ".join(message.role for message in messages)
         given = {**self._special, **self.variables, **(variables or {})}
         try:
@@ -100,11 +108,24 @@ class ChatTemplate:
     @cached_property
     def names_read(self) -> frozenset[str]:
         """Names that the template takes from outside."""
-        try:
-            return frozenset(meta.find_undeclared_variables(compiled(self.text).environment.parse(self.text)))
-        except (TemplateError, TemplateFaultError):
-            # Rendering says what is wrong with it.
+        tree = self._parsed()
+        return frozenset() if tree is None else frozenset(meta.find_undeclared_variables(tree))
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Strings and attributes in its source: fields of messages that it reads and roles that it knows among them."""
+        tree = self._parsed()
+        if tree is None:
             return frozenset()
+        strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(strings | {node.attr for node in tree.find_all(nodes.Getattr)})
+
+    def _parsed(self) -> nodes.Template | None:
+        """Its source, parsed; ``None`` where it cannot be, of which rendering says what is wrong."""
+        try:
+            return compiled(self.text).environment.parse(self.text)
+        except (TemplateError, TemplateFaultError, RecursionError):
+            return None
 
     @property
     def other_dates(self) -> bool:
@@ -115,7 +136,7 @@ class ChatTemplate:
     @property
     def own_names(self) -> list[str]:
         """Those of them that only a user gives."""
-        return sorted(self.names_read - _GIVEN - set(self._special))
+        return sorted(self.names_read - GIVEN - set(self._special))
 
     def _find(self, given: str | Path | None) -> str:
         if given is None:
@@ -156,7 +177,7 @@ class ChatTemplate:
             raise InputError(self.place(), found, expected)
         for name, value in self.variables.items():
             place = f"{self._place}, chat_template_kwargs"
-            if not isinstance(name, str) or name in _GIVEN:
+            if not isinstance(name, str) or name in GIVEN:
                 raise InputError(place, repr(name), "a variable of the template that is not given by the conversation")
             if name not in self.names_read:
                 read = ", ".join(self.own_names)

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from ctpd_nemo.errors import InputError
 
+# A token of prose has four bytes or so; what has more than 64 a token, or cannot be cut to a part of it, is no prose.
+_LEAST_BYTES, _BYTES_A_TOKEN = 2**20, 64
 # More processes than any machine has cores are a slip of the pen.
 _MOST_WORKERS = 1024
 
@@ -13,10 +15,13 @@ class DataConfig:
     """Files, lengths and batches.
 
     Attributes:
-        train: Preference files or ``datasets`` folders; read as one, in this order.
+        train: Preference files, patterns of such (``data/*.jsonl``) or folders of them; read as one, in this order.
         validation: The same, held out; may be empty.
-        split: Which split of a ``datasets`` folder that holds several.
+        split: Which split of a folder that holds several.
         on_bad: What to do with a row that cannot be used: "stop", or "skip" and count it.
+        max_row_bytes: Longest row, in UTF-8 bytes of prompt and both responses; a longer one cannot be used. ``None``:
+            a megabyte, or 64 bytes for each token of ``max_length`` where that is more.
+        warn_skipped: Share of pairs that may be skipped without a warning while training or scoring goes on.
         max_length: Longest sequence, prompt and response, in tokens of either tokenizer.
         max_prompt_length: Longest prompt in tokens; a pair with a longer one is skipped and counted. ``None``: any.
         include_eos: Whether the end of the turn is trained and scored, as one last span of its own.
@@ -36,6 +41,8 @@ class DataConfig:
     validation: list[str] = field(default_factory=list)
     split: str | None = None
     on_bad: str = "stop"
+    max_row_bytes: int | None = None
+    warn_skipped: float = 0.1
     max_length: int = 2048
     max_prompt_length: int | None = None
     include_eos: bool = True
@@ -55,9 +62,12 @@ class DataConfig:
             raise InputError("data.packing", repr(self.packing), "packed or padded")
         if self.response_text not in ("written", "rendered"):
             raise InputError("data.response_text", repr(self.response_text), "written or rendered")
-        for name in ("max_length", "global_batch_size", "microbatch_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"data.{name}", str(getattr(self, name)), "1 or more")
+        for name in ("max_length", "global_batch_size", "microbatch_tokens", "max_row_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"data.{name}", str(value), "1 or more")
+        if not 0 <= self.warn_skipped <= 1:
+            raise InputError("data.warn_skipped", str(self.warn_skipped), "a share, from 0 to 1")
         if not 0 <= self.num_workers <= _MOST_WORKERS:
             raise InputError("data.num_workers", str(self.num_workers), f"0 or more, at most {_MOST_WORKERS}")
         if self.encoded == "":
@@ -68,3 +78,13 @@ class DataConfig:
                 str(self.microbatch_tokens),
                 f"at least twice data.max_length, {2 * self.max_length}: both responses of a pair travel together",
             )
+
+
+def longest_row(max_length: int, max_row_bytes: int | None = None) -> int:
+    """UTF-8 bytes of a row at most.
+
+    Args:
+        max_length: Longest sequence in tokens.
+        max_row_bytes: What a user says.
+    """
+    return max(_LEAST_BYTES, _BYTES_A_TOKEN * max_length) if max_row_bytes is None else max_row_bytes

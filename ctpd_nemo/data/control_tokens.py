@@ -4,18 +4,20 @@ In a message their strings are text. These are the special tokens, and every oth
 print: role names of some tokenizers are not marked special.
 """
 
+import functools
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.messages import Message, changed_texts, texts_in
 from ctpd_nemo.data.turns import REASONING_TAGS
 from ctpd_nemo.spans.text_backend import text_backend
 
@@ -78,16 +80,21 @@ class ControlTokens:
             one.content for one in self.reader.added_tokens_decoder.values() if one.special
         }
 
-    def written_by(self, messages: Sequence[Message]) -> bool:
-        """Whether a message holds the string of a control token."""
-        return any(self._pattern_of(message).search(message.content) for message in messages)
+    def written_by(self, messages: Sequence[Message], fields: Mapping[str, Any]) -> bool:
+        """Whether a message, or a field of its row, holds the string of a control token."""
+        in_messages = (self._pattern_of(message).search(text) for message in messages for text in message.texts())
+        return any(in_messages) or any(map(self._of_users.search, texts_in(fields)))
 
     def of(self, ids: Int64Array) -> Int64Array:
         """The control tokens among some tokens, in their order."""
         return ids[np.isin(ids, self._ids)]
 
     def encode(
-        self, messages: Sequence[Message], rendered: str, render: Callable[[Sequence[Message]], str]
+        self,
+        messages: Sequence[Message],
+        fields: Mapping[str, Any],
+        rendered: str,
+        render: Callable[[Sequence[Message], Mapping[str, Any]], str],
     ) -> Int64Array:
         """Tokenize a rendered prompt with the control tokens of the template alone.
 
@@ -95,8 +102,9 @@ class ControlTokens:
 
         Args:
             messages: The prompt.
+            fields: What else of its row the template is given.
             rendered: Its text.
-            render: What made that text of the messages.
+            render: What made that text of both.
 
         Raises:
             RewrittenControlError: The template changes a control token's string in a message.
@@ -109,8 +117,12 @@ class ControlTokens:
             written.append(found[0])
             return f"{mark}{len(written) - 1:08d}"
 
+        def hidden(pattern: re.Pattern[str]) -> Callable[[str], str]:
+            return functools.partial(pattern.sub, hide)
+
         marked = render(
-            [Message(message.role, self._pattern_of(message).sub(hide, message.content)) for message in messages]
+            [message.with_texts(hidden(self._pattern_of(message))) for message in messages],
+            changed_texts(fields, hidden(self._of_users)),
         )
         mark_pattern = re.compile(mark + r"(\d{8})")
         if mark_pattern.sub(lambda found: written[int(found[1])], marked) != rendered:

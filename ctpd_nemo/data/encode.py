@@ -1,7 +1,8 @@
 """Preference pairs to token ids, with the responses cut into spans that both sides share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -9,6 +10,8 @@ from numpy.typing import NDArray
 
 from ctpd_nemo.data.chat_template import RefusedConversationError
 from ctpd_nemo.data.forms import PreferencePair
+from ctpd_nemo.data.messages import KeptFields
+from ctpd_nemo.data.template_fields import FieldReader, kept_fields
 from ctpd_nemo.data.templates import Prompt, Side
 from ctpd_nemo.data.turns import REASONING, WHITE_SPACE
 from ctpd_nemo.errors import InputError
@@ -22,6 +25,8 @@ RESPONSE_TEXTS = ("written", "rendered")
 DIFFERENCES = tuple(f"{side}_{what}" for side in ("policy", "reference") for what in (WHITE_SPACE, REASONING))
 # A template that goes on changing its own text is none to follow.
 _MOST_RENDERINGS = 4
+# Characters of a text that an error shows.
+_SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,10 @@ class EncodedPair:
         return [self.chosen if name == "chosen" else self.rejected for name in names]
 
 
-SKIP_REASONS = ("prompt_too_long", "too_long", "equal_after_truncation", "equal_tokens")
+# Faults of a row: with ``on_bad`` "stop" they stop a run.
+FAULTS = ("refused_by_template", "rewritten_by_template", "unread_field", "unknown_role", "refused_by_tokenizer")
+# Files name a reason by its place here.
+SKIP_REASONS = ("prompt_too_long", "too_long", "equal_after_truncation", "equal_tokens", *FAULTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +98,21 @@ class Skipped:
 
     ``prompt_too_long`` and ``too_long``: the prompt is over its own limit, or leaves no room for a span of a response.
     ``equal_after_truncation`` and ``equal_tokens``: nothing is left that tells chosen from rejected.
+    ``refused_by_template`` and ``rewritten_by_template``: a template fails on the pair, or does not write its response
+    as a turn of its own. ``unread_field`` and ``unknown_role``: it leaves out what carries meaning.
+    ``refused_by_tokenizer``: a tokenizer gives up on its text.
+
+    Attributes:
+        index: Its number in the dataset.
+        id: What the user calls it.
+        reason: Why.
+        why: The same in a line for people; empty where the reason says all.
     """
 
     index: int
     id: str
     reason: str
+    why: str = field(default="", compare=False)
 
 
 class PairEncoder:
@@ -113,6 +131,7 @@ class PairEncoder:
         max_length: int,
         max_prompt_length: int | None = None,
         response_text: str = "written",
+        on_bad: str = "stop",
     ) -> None:
         """Set up the two sides; limits are in tokens and hold on either side.
 
@@ -123,6 +142,7 @@ class PairEncoder:
             max_length: Longest sequence: a prompt and a response.
             max_prompt_length: Longest prompt; ``None`` for any that leaves room for a response.
             response_text: "written" takes responses as they are in the data, "rendered" as the templates write them.
+            on_bad: "stop" raises at a pair with one of ``FAULTS``, "skip" leaves it out like one that is too long.
 
         Raises:
             InputError: A limit is not positive, or ``response_text`` is something else.
@@ -137,6 +157,7 @@ class PairEncoder:
         self.max_length = max_length
         self.max_prompt_length = max_prompt_length
         self.response_text = response_text
+        self.on_bad = on_bad
         self._same_tokenizer = reference is None or reference.reads_responses_as(policy)
         self.one_sided = reference is None or (
             self._same_tokenizer and reference.template_fingerprint == policy.template_fingerprint
@@ -155,12 +176,41 @@ class PairEncoder:
         """Build what alignment keeps for each tokenizer, so that processes forked later share it."""
         self._align([])
 
+    @property
+    def kept(self) -> KeptFields:
+        """What of a row beside its texts one of the templates may render."""
+        return kept_fields(self._readers)
+
     def encode(self, indices: Sequence[int], pairs: Sequence[PreferencePair]) -> list[EncodedPair | Skipped]:
         """Encode pairs, in order; their rows in the dataset are ``indices``.
 
+        A pair that a template or a tokenizer cannot take is left out, or named, and harms no other of them.
+
         Raises:
-            RefusedConversationError: A template refuses a pair.
+            RefusedConversationError: A pair has a fault, and ``on_bad`` is "stop".
         """
+        try:
+            return self._encode_all(indices, pairs)
+        except BaseException as error:
+            if not _is_of_a_row(error):
+                raise
+        return [self._encode_alone(index, pair) for index, pair in zip(indices, pairs, strict=True)]
+
+    def _encode_alone(self, index: int, pair: PreferencePair) -> EncodedPair | Skipped:
+        try:
+            return self._encode_all([index], [pair])[0]
+        except BaseException as error:
+            if not _is_of_a_row(error):
+                raise
+            fault = error
+        if not isinstance(fault, RefusedConversationError):
+            found, expected = f"text on which a tokenizer gives up ({fault})", "text that it can read"
+            fault = RefusedConversationError(pair.place, found, expected, "refused_by_tokenizer")
+        if self.on_bad == "stop":
+            raise fault
+        return Skipped(index, pair.id, fault.reason, str(fault))
+
+    def _encode_all(self, indices: Sequence[int], pairs: Sequence[PreferencePair]) -> list[EncodedPair | Skipped]:
         read = [self._read(pair) for pair in pairs]
         policy_prompts = self._prompt_ids(self.policy, [one.prompts["policy"] for one in read])
         reference_prompts = policy_prompts
@@ -171,6 +221,7 @@ class PairEncoder:
         for number, (index, pair, one) in enumerate(zip(indices, pairs, read, strict=True)):
             prompts = zip(policy_prompts[number], reference_prompts[number], strict=True)
             own_spans = spans[number :: len(pairs)]
+            self._check_tokens(pair, one.texts, own_spans)
             responses = [
                 _Response(*both, own, found)
                 for both, own, found in zip(prompts, own_spans, one.differences, strict=True)
@@ -178,36 +229,67 @@ class PairEncoder:
             encoded.append(self._encode_pair(index, pair, responses))
         return encoded
 
+    @cached_property
+    def _readers(self) -> list[FieldReader]:
+        """Of the policy, and of the reference where that is another."""
+        return [FieldReader(side) for side in ([self.policy] if self.one_sided else [self.policy, self.reference])]
+
+    def _texts(self, pair: PreferencePair) -> tuple[str, str]:
+        """The responses of a pair; where one is more than its text, as the templates of both sides write it.
+
+        Raises:
+            RefusedConversationError: A template leaves out what carries meaning, or the two write it otherwise.
+        """
+        if pair.is_plain:
+            return pair.chosen, pair.rejected
+        for reader in self._readers:
+            reader.check(pair)
+        texts = []
+        for name in ("chosen", "rejected"):
+            first, *others = [reader.response(pair, name) for reader in self._readers]
+            if others and others[0] != first:
+                found = f"{name} as {first[:_SHOWN]!r} by the policy's template, {others[0][:_SHOWN]!r} by the other"
+                expected = "a response that both write alike: its spans are those of one text"
+                raise RefusedConversationError(pair.place, found, expected, "rewritten_by_template")
+            texts.append(first)
+        return texts[0], texts[1]
+
+    def _check_tokens(self, pair: PreferencePair, texts: tuple[str, str], spans: Sequence[AlignedSpans]) -> None:
+        """See ``FieldReader.check_tokens``; of pairs that are more than text."""
+        if pair.whole:
+            for name, text, own in zip(("chosen", "rejected"), texts, spans, strict=True):
+                for reader, ids in zip(self._readers, (own.student_ids, own.teacher_ids), strict=False):
+                    reader.check_tokens(pair, name, text, ids)
+
     def _read(self, pair: PreferencePair) -> "_Read":
         """Find the responses of a pair in the conversations that each side's template writes."""
         sides: dict[SideName, Side] = {"policy": self.policy}
         if not self.one_sided:
             sides["reference"] = self.reference
-        texts = (pair.chosen, pair.rejected)
+        texts = self._texts(pair)
         if self.response_text == "rendered":
-            texts = self._as_rendered(pair, list(sides.values()))
+            texts = self._as_rendered(pair, texts, list(sides.values()))
         prompts: dict[SideName, list[Prompt]] = {}
         differences: list[tuple[str, ...]] = [(), ()]
         for name, side in sides.items():
-            rendered, readings = side.read(pair.prompt, texts, pair.place)
-            prompts[name] = [Prompt(pair.prompt, rendered, one.opening, pair.place) for one in readings]
+            rendered, readings = side.read(pair.prompt, texts, pair.place, pair.fields)
+            prompts[name] = [Prompt(pair.prompt, rendered, one.opening, pair.place, pair.fields) for one in readings]
             differences = [
                 (*known, f"{name}_{one.difference}") if one.difference else known
                 for known, one in zip(differences, readings, strict=True)
             ]
         return _Read(texts, prompts, differences)
 
-    def _as_rendered(self, pair: PreferencePair, sides: Sequence[Side]) -> tuple[str, str]:
+    def _as_rendered(self, pair: PreferencePair, texts: tuple[str, str], sides: Sequence[Side]) -> tuple[str, str]:
         """The responses as the templates write them: as one does, and so on until no template changes them.
 
         Raises:
             RefusedConversationError: They go on and on.
         """
-        texts = (pair.chosen, pair.rejected)
         for _ in range(_MOST_RENDERINGS):
             before = texts
             for side in sides:
-                chosen, rejected = side.read(pair.prompt, texts, pair.place)[1]
+                chosen, rejected = side.read(pair.prompt, texts, pair.place, pair.fields)[1]
                 texts = (chosen.text, rejected.text)
             if texts == before:
                 return texts
@@ -284,6 +366,16 @@ class _Response:
     reference_prompt: NDArray[np.int32]
     spans: AlignedSpans
     differences: tuple[str, ...]
+
+
+def _is_of_a_row(error: BaseException) -> bool:
+    """Whether an error is one of a conversation or of a text, and not of the run.
+
+    Tokenizers are programs in Rust. Where they cannot go on they raise an exception of no class of its own, and where
+    their author foresaw nothing a panic, which is no ``Exception``: a regular expression that takes too many steps.
+    """
+    panics = type(error).__module__ == "pyo3_runtime" and type(error).__name__ == "PanicException"
+    return isinstance(error, RefusedConversationError) or panics or type(error) is Exception
 
 
 def _spans_that_fit(token_span: NDArray[np.int32], n_spans: int, room: int) -> int:

@@ -14,8 +14,10 @@ Which pairs share a microbatch depends on the seed, the batch size and the layou
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +162,29 @@ class EncodedDataset:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": {}}
 
+    @cached_property
+    def skipped(self) -> Counter[str]:
+        """Pairs left out, by reason."""
+        reasons = np.concatenate([self._shard(shard)["index"]["skipped"] for shard in range(self.manifest.n_shards)])
+        numbers, counts = np.unique(reasons[reasons > 0], return_counts=True)
+        return Counter(
+            {SKIP_REASONS[number - 1]: count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
+        )
+
+    def first_skipped(self, reason: str) -> int:
+        """The first pair that is left out for a reason which some have."""
+        wanted = 1 + SKIP_REASONS.index(reason)
+        for shard in range(self.manifest.n_shards):
+            found = np.flatnonzero(self._shard(shard)["index"]["skipped"] == wanted)
+            if len(found):
+                return self.manifest.rows(shard)[int(found[0])]
+        raise ValueError(reason)
+
     def prepare(self, lengths: bool) -> None:
         """Nothing is to be built."""
+
+    def check_unchanged(self) -> None:
+        """The files are the dataset's own."""
 
     def pairs(self, rows: Sequence[int]) -> list[EncodedPair | Skipped]:
         """The pairs of some rows, in order; their arrays are views of the files.

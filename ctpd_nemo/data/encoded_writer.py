@@ -106,6 +106,8 @@ class _Shards:
         writing = _writing(target)
         try:
             arrays = self._arrays(self._manifest.rows(shard))
+            # What a file says now may not be what the manifest knows it by.
+            self._source.check_unchanged()
             writing.mkdir()
             for name, array in arrays.items():
                 np.save(writing / f"{name}.npy", array, allow_pickle=False)

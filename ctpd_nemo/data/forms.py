@@ -1,29 +1,43 @@
 """One row of a preference file, in any of its forms, to a preference pair.
 
-Four forms are read, and told apart by what the row holds:
+Five forms are read, and told apart by what the row holds:
 
 - conversational: ``prompt`` is a list of messages, ``chosen`` and ``rejected`` go on from it;
 - UltraFeedback-binarized: ``prompt`` is the text of a user turn, ``chosen`` and ``rejected`` are whole conversations;
 - implicit prompt: no ``prompt``, ``chosen`` and ``rejected`` are whole conversations;
-- plain: three strings.
+- plain: three strings;
+- NeMo-RL's: ``context`` is a list of messages, ``completions`` are two with a ``rank`` and a ``completion`` each, of
+  which the lower rank is preferred.
 
-``id`` (a string or a number) and ``system`` (a string) may stand beside them in every form. Other fields, of the row
-and of a message, are not read.
+``id`` (a string or a number) and ``system`` (a string) may stand beside them in every form. Fields of the row and of
+its messages that carry meaning to a chat template are kept for it; others are not read.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-FIELDS = ("id", "system", "prompt", "chosen", "rejected")
+from ctpd_nemo.data.messages import (
+    BASIC_ROLES,
+    INSTRUCTION_ROLES,
+    MEANT,
+    MEANT_IN_MESSAGES,
+    TOOL_ROLES,
+    KeptFields,
+    Message,
+    RowError,
+    calls_tools,
+    kept_values,
+    kind_of,
+    read_messages,
+    text_of,
+)
 
+__all__ = ["FIELDS", "KeptFields", "Message", "PreferencePair", "RowError", "parse_pair"]
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation: ``role`` is system, user or assistant."""
-
-    role: str
-    content: str
+FIELDS = ("id", "system", "prompt", "chosen", "rejected", "context", "completions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +45,13 @@ class PreferencePair:
     """A prompt and two responses, of which people preferred one.
 
     Attributes:
-        id: Names the pair in the score cache and in reports; unique in its dataset.
-        prompt: An optional system message, then user and assistant turns; the last is the user's.
+        id: What the user calls the pair, for people; others may have the same.
+        prompt: Optional instructions, then user and assistant turns; the last is the user's, or a tool's result.
         chosen: Text of the preferred response.
-        rejected: Text of the other response, never equal to ``chosen``.
-        place: Where the pair was read, as ``file.jsonl:17``.
+        rejected: Text of the other response.
+        place: Where the pair was read, as ``file.jsonl:17``: no other pair has it.
+        fields: Columns of the row that templates get as variables, by name.
+        whole: "chosen" and "rejected", where the response is more than its text: the message.
     """
 
     id: str
@@ -43,66 +59,106 @@ class PreferencePair:
     chosen: str
     rejected: str
     place: str
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    whole: Mapping[str, Message] = field(default_factory=dict, hash=False)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text alone, of roles that every template knows."""
+        plain = all(message.role in BASIC_ROLES and not message.extra for message in self.prompt)
+        return plain and not self.fields and not self.whole
+
+    def content(self) -> str:
+        """All that it says, as JSON: prompt and responses, then what else it holds where it is not plain."""
+        prompt = [(message.role, message.content) for message in self.prompt]
+        parts: list[Any] = [prompt, self.chosen, self.rejected]
+        if not self.is_plain:
+            whole = {name: message.extra for name, message in self.whole.items()}
+            silent = [message.no_content for message in (*self.prompt, *self.whole.values())]
+            parts += [[message.extra for message in self.prompt], whole, self.fields, silent]
+        return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
 
 
-class RowError(Exception):
-    """A row that is no preference pair: a countable ``reason`` and what an ``InputError`` says about it."""
-
-    def __init__(self, reason: str, found: str, expected: str, field: str = "") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.found = found
-        self.expected = expected
-        self.field = field
-
-
-def parse_pair(row: Mapping[str, Any], default_id: str, place: str) -> PreferencePair:
+def parse_pair(row: Mapping[str, Any], default_id: str, place: str, kept: KeptFields = MEANT) -> PreferencePair:
     """The preference pair a row holds.
 
     Args:
         row: Field names to values.
         default_id: The pair's id where the row has none.
         place: Where the row was read.
+        kept: Which fields are kept for templates.
 
     Raises:
         RowError: The row is no preference pair in any form.
     """
-    chosen_context, chosen = _response(row, "chosen")
-    rejected_context, rejected = _response(row, "rejected")
-    if chosen_context != rejected_context:
+    fields = kept_values({name: row[name] for name in kept.of_rows.intersection(row)}, "")
+    if row.get("completions") is not None and row.get("chosen") is None and row.get("rejected") is None:
+        row = _ranked(row)
+    chosen_context, chosen = _response(row, "chosen", kept)
+    rejected_context, rejected = _response(row, "rejected", kept)
+    if _said(chosen_context) != _said(rejected_context):
         raise RowError(
             "prompt_mismatch", "other turns before the last one than `chosen` has", "one shared prompt", "rejected"
         )
-    if chosen == rejected:
+    if _said([chosen]) == _said([rejected]):
         raise RowError("equal_responses", "the text of `chosen`", "two different responses", "rejected")
-    prompt = _system(row) + _prompt(row, chosen_context)
+    prompt = _system(row) + _prompt(row, chosen_context, kept)
     _check_roles(prompt)
-    return PreferencePair(_id(row, default_id), prompt, chosen, rejected, place)
+    whole = {name: message for name, message in (("chosen", chosen), ("rejected", rejected)) if message.extra}
+    texts = (chosen.content, rejected.content)
+    return PreferencePair(_id(row, default_id), prompt, *texts, place, dict(sorted(fields.items())), whole)
 
 
-def _response(row: Mapping[str, Any], field: str) -> tuple[tuple[Message, ...], str]:
-    """The turns before the response, and the response's text."""
+def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of NeMo-RL's form in the conversational one."""
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) != 2:
+        found = f"{len(completions)} completions" if isinstance(completions, list) else kind_of(completions)
+        raise RowError("wrong_type", found, "a list of two completions", "completions")
+    ranks = []
+    for number, completion in enumerate(completions):
+        place = f"completions[{number}]"
+        rank = completion.get("rank") if isinstance(completion, dict) else None
+        if isinstance(rank, bool) or not isinstance(rank, int | float) or not math.isfinite(rank):
+            raise RowError("wrong_type", kind_of(rank if rank is not None else completion), "a number `rank`", place)
+        ranks.append(rank)
+    if ranks[0] == ranks[1]:
+        raise RowError("equal_ranks", f"rank {ranks[0]} twice", "one completion that is preferred", "completions")
+    chosen, rejected = sorted(completions, key=lambda completion: completion["rank"])
+    own = {name: row[name] for name in row if name not in ("context", "completions")}
+    prompt = row.get("context") if own.get("prompt") is None else own["prompt"]
+    return {**own, "prompt": prompt, "chosen": chosen.get("completion"), "rejected": rejected.get("completion")}
+
+
+def _response(row: Mapping[str, Any], field: str, kept: KeptFields) -> tuple[tuple[Message, ...], Message]:
+    """The turns before the response, and the response."""
     value = _required(row, field)
     if isinstance(value, str):
-        return (), _text(value, field)
-    turns = _messages(value, field)
+        return (), Message("assistant", text_of(value, field))
+    turns = read_messages(value, field, kept)
     if turns[-1].role != "assistant":
         raise RowError("last_turn_not_assistant", f"role {turns[-1].role!r} in the last turn", "'assistant'", field)
-    return turns[:-1], turns[-1].content
+    return turns[:-1], turns[-1]
 
 
-def _prompt(row: Mapping[str, Any], context: tuple[Message, ...]) -> tuple[Message, ...]:
+def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
+    """What messages mean, whatever ids and dates they carry."""
+    meant = [{name: one.extra[name] for name in MEANT_IN_MESSAGES.intersection(one.extra)} for one in messages]
+    return [(one.role, one.content, one.no_content, more) for one, more in zip(messages, meant, strict=True)]
+
+
+def _prompt(row: Mapping[str, Any], context: tuple[Message, ...], kept: KeptFields) -> tuple[Message, ...]:
     """The turns before the response: ``prompt``, the conversations' own, or the first continued by the second."""
-    continues = not context or context[0].role == "assistant"
-    if row.get("prompt") is None and not continues:
+    continues = not context or context[0].role in ("assistant", *TOOL_ROLES)
+    if row.get("prompt") in (None, "", []) and not continues:
         return context
     value = _required(row, "prompt")
     if isinstance(value, str):
-        prompt: tuple[Message, ...] = (Message("user", _text(value, "prompt")),)
+        prompt: tuple[Message, ...] = (Message("user", text_of(value, "prompt")),)
         agrees = any(turn.role == "user" and turn.content.strip() == value.strip() for turn in context)
     else:
-        prompt = _messages(value, "prompt")
-        agrees = context[: len(prompt)] == prompt
+        prompt = read_messages(value, "prompt", kept)
+        agrees = _said(context[: len(prompt)]) == _said(prompt)
     if continues:
         return prompt + context
     if not agrees:
@@ -120,51 +176,44 @@ def _system(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if value is None or value == "":
         return ()
     if not isinstance(value, str):
-        raise RowError("wrong_type", _kind(value), "a string", "system")
-    return (Message("system", _text(value, "system", may_be_blank=True)),)
+        raise RowError("wrong_type", kind_of(value), "a string", "system")
+    return (Message("system", text_of(value, "system", may_be_blank=True)),)
 
 
 def _id(row: Mapping[str, Any], default_id: str) -> str:
+    """The label of the row; a column of numbers in which some are missing may hold NaN for these."""
     value = row.get("id")
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return default_id
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError("wrong_type", _kind(value), "a string or a whole number", "id")
-    return _text(str(value), "id")
-
-
-def _messages(value: Any, field: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise RowError("wrong_type", _kind(value), "a string or a list of messages", field)
-    if not value:
-        raise RowError("empty_field", "no messages", "at least one message", field)
-    return tuple(_message(item, f"{field}[{number}]") for number, item in enumerate(value))
-
-
-def _message(item: Any, field: str) -> Message:
-    if not isinstance(item, dict) or not isinstance(item.get("role"), str) or not isinstance(item.get("content"), str):
-        found = _kind(item)
-        if isinstance(item, dict):
-            found = "an object with " + (
-                ", ".join(f"{key!r}: {_kind(part)}" for key, part in item.items()) or "no fields"
-            )
-        raise RowError("wrong_type", found, "a message: an object with strings `role` and `content`", field)
-    role = item["role"]
-    if role not in ("system", "user", "assistant"):
-        raise RowError("unknown_role", f"role {role!r}", "'system', 'user' or 'assistant'", field)
-    # An empty system message is meant: it keeps a chat template from writing its own.
-    return Message(role, _text(item["content"], field, may_be_blank=role == "system"))
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError("wrong_type", kind_of(value), "a string or a number", "id")
+    return text_of(str(value), "id")
 
 
 def _check_roles(prompt: tuple[Message, ...]) -> None:
-    """An optional system message, then user and assistant in turns, the user last."""
+    """Optional instructions, then user and assistant in turns, the user last; tools where an assistant calls them."""
+    state = "begin"
+    follows = {
+        "begin": {"system": "instructed", "developer": "instructed", "user": "user"},
+        "instructed": {"developer": "instructed", "user": "user"},
+        "user": {"assistant": "assistant"},
+        "assistant": {"user": "user"},
+        "calling": {"tool": "tool"},
+        "tool": {"tool": "tool", "assistant": "assistant", "user": "user"},
+    }
     roles = [message.role for message in prompt]
-    turns = roles[1:] if roles[0] == "system" else roles
-    if len(turns) % 2 == 0 or turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+    for before, message in zip((None, *prompt), prompt, strict=False):
+        role = "tool" if message.role in TOOL_ROLES else message.role
+        twice = before is not None and before.role == message.role and role in INSTRUCTION_ROLES
+        state = "" if twice else follows.get(state, {}).get(role, "")
+        if calls_tools(message) and state == "assistant":
+            state = "calling"
+    if state not in ("user", "tool"):
         raise RowError(
             "role_order",
             "roles " + ", ".join(roles),
-            "an optional system message, then user and assistant in turns, the last turn before the response a user's",
+            "an optional system message, then user and assistant in turns, the last turn before the response a user's, "
+            "or a tool's where the assistant has called it",
             "prompt",
         )
 
@@ -174,30 +223,3 @@ def _required(row: Mapping[str, Any], field: str) -> Any:
     if value is None:
         raise RowError("missing_field", "null" if field in row else "no such field", "a value", field)
     return value
-
-
-def _text(value: str, field: str, may_be_blank: bool = False) -> str:
-    """The text itself, once it is known to hold something and to be writable as UTF-8."""
-    if not may_be_blank and not value.strip():
-        raise RowError("empty_field", "no text" if not value else "white space only", "text", field)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        surrogate = f"U+{ord(value[error.start]):04X}"
-        raise RowError(
-            "lone_surrogate", f"the lone surrogate {surrogate} at character {error.start}", "Unicode text", field
-        ) from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    names: dict[type, str] = {
-        type(None): "null",
-        str: "a string",
-        dict: "an object",
-        list: "a list",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-    }
-    return names.get(type(value), f"a value of type {type(value).__name__}")

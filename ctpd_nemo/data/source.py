@@ -31,6 +31,13 @@ class PairSource(Protocol):
             InputError: A row, template or file cannot be used.
         """
 
+    def check_unchanged(self) -> None:
+        """Stop where the pairs are no longer those of the dataset's fingerprint.
+
+        Raises:
+            InputError: It names the file.
+        """
+
     def lengths(self, rows: Sequence[int], side: SideName, responses: Responses) -> tuple[Int64Array, Int64Array]:
         """Tokens of each sequence, and those of its response, int64 ``[n, responses]``; maybe an estimate.
 
@@ -57,6 +64,10 @@ class TextSource:
     def pairs(self, rows: Sequence[int]) -> list[EncodedPair | Skipped]:
         """Read and encode."""
         return self._encoder.encode(rows, [self._dataset[row] for row in rows])
+
+    def check_unchanged(self) -> None:
+        """Look at the files of the dataset."""
+        self._dataset.check_unchanged()
 
     def lengths(self, rows: Sequence[int], side: SideName, responses: Responses) -> tuple[Int64Array, Int64Array]:
         """As many tokens as so many bytes make in a sample of the pairs, ``max_length`` at most."""

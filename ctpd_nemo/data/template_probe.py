@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd_nemo.data.chat_template import ChatTemplate, RefusedConversationError
 from ctpd_nemo.data.control_tokens import first_added_token
-from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.messages import Message
 from ctpd_nemo.data.turns import (
     AS_RENDERED,
     REASONING_TAGS,

@@ -11,7 +11,7 @@ the prompt; ``turns`` says where it is not.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ctpd_nemo.data.chat_template import ChatTemplate, RefusedConversationError
 from ctpd_nemo.data.control_tokens import ControlTokens, HiddenControlError, RewrittenControlError
-from ctpd_nemo.data.forms import Message
+from ctpd_nemo.data.messages import BASIC_ROLES, Message
 from ctpd_nemo.data.template_probe import TemplateProbe
 from ctpd_nemo.data.turns import AS_RENDERED, MismatchError, Opening, Reading, read_response
 from ctpd_nemo.errors import InputError
@@ -37,12 +37,19 @@ class Prompt:
         rendered: Its text, for generation.
         opening: What is trained at its end instead.
         place: Where it was read, for errors.
+        fields: What else the template is given for this conversation.
     """
 
     messages: Sequence[Message]
     rendered: str
     opening: Opening = AS_RENDERED
     place: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is text alone, of roles that every template knows."""
+        return not self.fields and all(one.role in BASIC_ROLES and not one.extra for one in self.messages)
 
 
 class Side:
@@ -50,7 +57,8 @@ class Side:
 
     Attributes:
         tokenizer: The Hugging Face fast tokenizer; it is only read.
-        chat_template: The Jinja template in use.
+        template: The chat template at work.
+        chat_template: Its text.
         chat_template_kwargs: Variables that the template is given.
         reader: What responses are tokenized with: the tokenizer, in which the strings of control tokens are text.
         end_of_turn_ids: int32 ``[n]``, what the model writes when its turn is over: what the template puts behind an
@@ -82,10 +90,10 @@ class Side:
         if not tokenizer.is_fast:
             raise InputError(place, f"a {type(tokenizer).__name__}", "a Hugging Face fast tokenizer")
         self.tokenizer = tokenizer
-        self._template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, place)
-        self.chat_template = self._template.text
-        self.chat_template_kwargs = self._template.variables
-        probe = TemplateProbe(tokenizer, self._template)
+        self.template = ChatTemplate(tokenizer, chat_template, chat_template_kwargs, place)
+        self.chat_template = self.template.text
+        self.chat_template_kwargs = self.template.variables
+        probe = TemplateProbe(tokenizer, self.template)
         self._style = probe.style
         self.end_of_turn_ids = probe.end_of_turn_ids
         self.notes = probe.notes
@@ -110,7 +118,7 @@ class Side:
             content.append({"variables": self.chat_template_kwargs})
         if self._style.trained != AS_RENDERED:
             content.append({"opening": [self._style.trained.removed, self._style.trained.added]})
-        if self._template.other_dates:
+        if self.template.other_dates:
             content.append({"date": "by its format"})
         return _fingerprint(json.dumps(content, sort_keys=True))
 
@@ -121,13 +129,25 @@ class Side:
             and self._controls.guarded == other._controls.guarded
         )
 
-    def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True, place: str = "") -> str:
-        """The conversation as the template writes it; ``place`` says in an error where the messages came from.
+    def render_text(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        place: str = "",
+        fields: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the template writes it.
+
+        Args:
+            messages: The conversation.
+            add_generation_prompt: Whether the assistant's turn is opened behind it.
+            place: Where it was read, for errors.
+            fields: What else the template is given for this conversation, tools among them.
 
         Raises:
             RefusedConversationError: The template refuses the conversation.
         """
-        return self._template.render(messages, add_generation_prompt, place)
+        return self.template.render(messages, add_generation_prompt, place, fields)
 
     def check_roles(self, role_orders: Mapping[tuple[str, ...], str]) -> None:
         """Answer a prompt of each order of roles, so that a template that cannot is known before any work.
@@ -144,13 +164,20 @@ class Side:
             self.read(prompt, ["x"], place)
         self.render_prompts(prompts, places)
 
-    def read(self, prompt: Sequence[Message], responses: Sequence[str], place: str = "") -> tuple[str, list[Reading]]:
+    def read(
+        self,
+        prompt: Sequence[Message],
+        responses: Sequence[str],
+        place: str = "",
+        fields: Mapping[str, Any] | None = None,
+    ) -> tuple[str, list[Reading]]:
         """Render a prompt and find each response in the conversation that ends with it.
 
         Args:
             prompt: Conversation that ends with a user's turn.
             responses: To it.
             place: Where they were read, for errors.
+            fields: What else the template is given.
 
         Returns:
             The prompt's text, for generation; and of each response where it stands.
@@ -159,15 +186,15 @@ class Side:
             RefusedConversationError: The template refuses a conversation, or does not write it as prompt, response and
                 end of turn.
         """
-        rendered = self.render_text(prompt, place=place)
+        rendered = self.render_text(prompt, place=place, fields=fields)
         readings = []
         for response in responses:
-            conversation = self.render_text([*prompt, Message("assistant", response)], False, place)
+            conversation = self.render_text([*prompt, Message("assistant", response)], False, place, fields)
             try:
                 readings.append(read_response(self._style, rendered, conversation, response))
             except MismatchError as error:
                 raise RefusedConversationError(
-                    self._template.place(place),
+                    self.template.place(place),
                     f"a template that writes {error.written!r} where training has {error.trained!r}",
                     "one that writes prompt, response and end of turn as they are",
                     "rewritten_by_template",
@@ -175,13 +202,17 @@ class Side:
         return rendered, readings
 
     def render_prompts(
-        self, prompts: Sequence[Sequence[Message]], places: Sequence[str] | None = None
+        self,
+        prompts: Sequence[Sequence[Message]],
+        places: Sequence[str] | None = None,
+        fields: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[NDArray[np.int32]]:
         """Ids of prompts, up to and with the opening of the assistant's turn, as for generation.
 
         Args:
             prompts: Conversations that end with a user's turn.
             places: Where each was read, for errors.
+            fields: What else the template is given for each.
 
         Returns:
             int32 ``[n_tokens]`` for each.
@@ -191,9 +222,14 @@ class Side:
                 token's string that stands in a message.
         """
         places = [""] * len(prompts) if places is None else places
-        rows = zip(prompts, places, strict=True)
-        read = [Prompt(messages, self.render_text(messages, place=place), place=place) for messages, place in rows]
-        return self.encode_prompts(read)
+        fields = [{}] * len(prompts) if fields is None else fields
+        rows = zip(prompts, places, fields, strict=True)
+        return self.encode_prompts(
+            [
+                Prompt(one, self.render_text(one, place=place, fields=own), AS_RENDERED, place, own)
+                for one, place, own in rows
+            ]
+        )
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[NDArray[np.int32]]:
         """Ids of what stands before responses; results and errors as of ``render_prompts``."""
@@ -202,11 +238,12 @@ class Side:
         texts = [self._opened(prompt.rendered, prompt.opening, prompt.place) for prompt in prompts]
         rows = []
         for prompt, text, ids in zip(prompts, texts, self._encode(texts), strict=True):
-            written = self._controls.written_by(prompt.messages)
-            if written or not np.array_equal(self._controls.of(ids), self._controls_of_template(prompt)):
-                ids = self._encode_by_role(prompt.messages, text, prompt.opening, prompt.place)
+            # What is more than text of the usual roles may have a template write other control tokens.
+            by_role = not prompt.is_plain or self._controls.written_by(prompt.messages, prompt.fields)
+            if by_role or not np.array_equal(self._controls.of(ids), self._controls_of_template(prompt)):
+                ids = self._encode_by_role(prompt, text)
             if not len(ids):
-                place, expected = self._template.place(prompt.place), "a template that opens a turn"
+                place, expected = self.template.place(prompt.place), "a template that opens a turn"
                 raise RefusedConversationError(place, "a prompt of no tokens", expected)
             rows.append(ids.astype(np.int32))
         return rows
@@ -219,7 +256,7 @@ class Side:
         text = opening.of(rendered)
         if text is None:
             found = f"a prompt that does not end {opening.removed!r}"
-            raise RefusedConversationError(self._template.place(place), found, "one that ends as all others")
+            raise RefusedConversationError(self.template.place(place), found, "one that ends as all others")
         return text
 
     def _encode(self, texts: list[str]) -> list[NDArray[np.int64]]:
@@ -236,24 +273,24 @@ class Side:
             self._template_controls[key] = self._controls.of(self._encode([blank])[0])
         return self._template_controls[key]
 
-    def _encode_by_role(
-        self, messages: Sequence[Message], text: str, opening: Opening = AS_RENDERED, place: str = ""
-    ) -> NDArray[np.int64]:
+    def _encode_by_role(self, prompt: Prompt, text: str) -> NDArray[np.int64]:
         """Tokenize a prompt's text with the control tokens of the template alone."""
+        place = self.template.place(prompt.place)
 
-        def render(other: Sequence[Message]) -> str:
-            return self._opened(self.render_text(other, place=place), opening, place)
+        def render(messages: Sequence[Message], fields: Mapping[str, Any]) -> str:
+            rendered = self.render_text(messages, place=prompt.place, fields=fields)
+            return self._opened(rendered, prompt.opening, prompt.place)
 
         try:
-            return self._controls.encode(messages, text, render)
+            return self._controls.encode(prompt.messages, prompt.fields, text, render)
         except RewrittenControlError as error:
             found = "a message with a control token's string, which the template does not print as it is"
             expected = "no " + " or ".join(error.strings)
-            raise RefusedConversationError(self._template.place(place), found, expected) from error
+            raise RefusedConversationError(place, found, expected) from error
         except HiddenControlError as error:
             found = "a message in which the tokenizer's model sees a control token"
             expected = "control tokens that only their own strings make"
-            raise RefusedConversationError(self._template.place(place), found, expected) from error
+            raise RefusedConversationError(place, found, expected) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -26,7 +26,7 @@ class TopKSource(Protocol):
     k: int
     fingerprint: str
 
-    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array]:
+    def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array]:
         """Of the chosen response: log-probs in descending order f32 ``[n, k]``, probability of the others ``[n]``."""
         ...
 
@@ -67,7 +67,7 @@ def build_top_k(pairs: Sequence[EncodedPair], source: TopKSource) -> TopK:
     """
     tops, tails = [], []
     for pair in pairs:
-        top, tail = source.lookup(pair.id)
+        top, tail = source.lookup(pair)
         tokens = len(pair.chosen.reference.response_ids)
         if not len(top) == len(tail) == tokens:
             found = f"log-probs of {len(top)} tokens of the chosen response"

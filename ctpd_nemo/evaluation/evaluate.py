@@ -46,6 +46,7 @@ class PairsConfig:
         max_length: Longest sequence, prompt and response.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or its path; null is each tokenizer's own.
+        on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
     """
 
     file: str | None = None
@@ -57,6 +58,7 @@ class PairsConfig:
     max_length: int = 2048
     include_eos: bool = True
     chat_template: str | None = None
+    on_bad: str = "stop"
 
 
 @dataclass

@@ -34,33 +34,56 @@ class Row(NamedTuple):
         """What the pair asks, in whatever words: the fact where the row names it, else its prompt as it stands."""
         return repr(self.pair.prompt) if self.fact is None else self.fact
 
+    @property
+    def file_and_row(self) -> str:
+        """Where the pair was read, without the folder."""
+        return Path(self.pair.place).name
 
-def read_rows(path: Path, limit: int | None) -> list[Row]:
-    from ctpd_nemo.data.files import open_source
+
+def read_rows(
+    path: str | Path, limit: int | None, encoders: Sequence[PairEncoder], on_bad: str = "stop"
+) -> tuple[list[Row], Counter[str]]:
+    """The pairs of files, and how many rows were left out, by reason.
+
+    Args:
+        path: A file, pattern or folder.
+        limit: Pairs at most; ``None`` for all.
+        encoders: Those that are to encode them.
+        on_bad: "stop" at a row that cannot be used, or "skip" it.
+
+    Raises:
+        InputError: A row cannot be used, or none.
+    """
+    from ctpd_nemo.data.config import longest_row
+    from ctpd_nemo.data.messages import MEANT
     from ctpd_nemo.data.preferences import open_preferences
 
     if limit is not None and limit < 1:
         raise InputError("limit", str(limit), "1 or more")
-    pairs = open_preferences(path)
-    # Every row is a pair, or open_preferences would have stopped: pairs and rows have the same numbers.
-    source = open_source(path, None)
+    kept = MEANT
+    for encoder in encoders:
+        kept |= encoder.kept
+    longest = longest_row(max(encoder.max_length for encoder in encoders))
+    pairs = open_preferences(path, on_bad=on_bad, kept=kept, max_bytes=longest)
     rows = []
     for index in range(len(pairs) if limit is None else min(limit, len(pairs))):
-        fields = source.read(index)
+        fields = pairs.fields(index)
         extras = [fields.get(name) for name in _EXTRAS]
         for name, value in zip(_EXTRAS, extras, strict=True):
             if not isinstance(value, str | None):
-                raise InputError(f"{source.place(index)}, field {name!r}", type(value).__name__, "a string, or none")
+                raise InputError(f"{pairs.place(index)}, field {name!r}", type(value).__name__, "a string, or none")
         rows.append(Row(pairs[index], *extras))
-    return rows
+    return rows, pairs.skipped
 
 
-def pair_encoder(folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool) -> PairEncoder:
+def pair_encoder(
+    folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool, on_bad: str = "stop"
+) -> PairEncoder:
     from ctpd_nemo.data.encode import PairEncoder
     from ctpd_nemo.data.templates import Side
     from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 
-    return PairEncoder(Side(load_tokenizer(str(folder)), chat_template), None, include_eos, max_length)
+    return PairEncoder(Side(load_tokenizer(str(folder)), chat_template), None, include_eos, max_length, on_bad=on_bad)
 
 
 def encode_rows(

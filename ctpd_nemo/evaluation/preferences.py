@@ -32,9 +32,13 @@ _N_SAMPLES = 10
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One generation: the user's last message, the greedy response, and the right answer where it is known."""
+    """One generation: the user's last message, the greedy response, and the right answer where it is known.
+
+    The pair is named by its id and by file and row.
+    """
 
     id: str
+    place: str
     prompt: str
     response: str
     answer: str | None
@@ -111,6 +115,7 @@ def evaluate_folder(
     beta: float = 0.1,
     generations: int | None = None,
     dtype: str = "auto",
+    on_bad: str = "stop",
 ) -> Evaluation:
     """Evaluate a Hugging Face folder on held-out pairs.
 
@@ -120,7 +125,7 @@ def evaluate_folder(
     Args:
         folder: Model and tokenizer.
         pairs_file: Preference pairs in any form that training reads. Answers, kinds, faults and facts come from the
-            fields ``answer``, ``kind``, ``fault`` and ``fact`` of JSON Lines.
+            fields ``answer``, ``kind``, ``fault`` and ``fact`` of JSON.
         reference: Folder of the model that ``reward_margin`` is measured against, usually the SFT student. Its
             tokenizer may be another one.
         batch_size: Sequences a forward pass.
@@ -135,6 +140,7 @@ def evaluate_folder(
         beta: Of the implicit reward whose calibration is measured.
         generations: Prompts that are answered; by default all where a row has an ``answer``, else a few to look at.
         dtype: As ``torch`` names it; ``auto`` keeps that of the stored weights.
+        on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
 
     Raises:
         InputError: The file has no usable pair; an ``answer`` is no string; a folder holds no usable model, or other
@@ -142,13 +148,14 @@ def evaluate_folder(
     """
     if generations is not None and generations < 1:
         raise InputError("generations", str(generations), "1 or more")
-    rows = read_rows(Path(pairs_file), limit)
     folders = [Path(folder)]
     if reference is not None and Path(reference).resolve() != Path(folder).resolve():
         folders.append(Path(reference))
     longest = min(max_length, *(positions(path) or max_length for path in folders))
-    encoders = [pair_encoder(path, chat_template, longest, include_eos) for path in folders]
+    encoders = [pair_encoder(path, chat_template, longest, include_eos, on_bad) for path in folders]
+    rows, bad = read_rows(pairs_file, limit, encoders, on_bad)
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
+    skipped += bad
     reference_margin: FloatArray | None = None
     for pairs in reference_encoded:
         # The reference goes first, and has left the memory before the model comes.
@@ -198,7 +205,7 @@ def _summary(
         calibration=measured,
         lengths={name: length_statistics(found, [row.cluster for row in asked]) for name, found in responses.items()},
         samples=[
-            Sample(row.pair.id, row.pair.prompt[-1].content, response.text, row.answer, right)
+            Sample(row.pair.id, row.file_and_row, row.pair.prompt[-1].content, response.text, row.answer, right)
             for row, response, right in zip(rows[:_N_SAMPLES], greedy, is_right, strict=False)
         ],
     )

@@ -78,7 +78,7 @@ def draw(seed: int, pair_id: str, response: str, size: int) -> Tensor:
 
     Args:
         seed: Of the run.
-        pair_id: Which pair.
+        pair_id: Which pair: a name that no other has.
         response: "chosen" or "rejected".
         size: How many.
     """

@@ -1,13 +1,21 @@
 """The data of a run: opened, checked and cut into steps."""
 
 import dataclasses
+import itertools
 import logging
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.data.batch import Microbatch, Responses, SideName, SpanScores
-from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.batch import Microbatch, Renumbered, Responses, SideName, SpanScores
+from ctpd_nemo.data.config import longest_row
+from ctpd_nemo.data.encode import PairEncoder, Skipped
 from ctpd_nemo.data.encoded import EncodedDataset
 from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
 from ctpd_nemo.data.packing import check_budget
@@ -23,6 +31,13 @@ from ctpd_nemo.models.config import RunConfig, SideConfig
 from ctpd_nemo.models.cost import sequence_cost
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A run of which so many pairs are left out from the beginning is one that somebody did not mean.
+FIRST_PAIRS = 32
+# Kinds of rows that are more than text, of which one each is encoded before any work.
+_MOST_KINDS = 100
 
 
 def load_side(config: SideConfig, key: str) -> Side:
@@ -96,6 +111,7 @@ class RunData:
             run.data.max_length,
             run.data.max_prompt_length,
             run.data.response_text,
+            on_bad=run.data.on_bad,
         )
         self.scores: SpanScores | None = None
         self.top_k: TopKSource | None = None
@@ -104,21 +120,10 @@ class RunData:
         self.batching = batching_of(run, responses, online)
         if not run.data.train:
             raise InputError("data.train", "no files", "one or more preference files")
-        self.train = open_preferences(run.data.train, split=run.data.split, on_bad=run.data.on_bad)
-        self.validation = (
-            open_preferences(run.data.validation, split=run.data.split, on_bad=run.data.on_bad)
-            if run.data.validation
-            else None
-        )
-        for reader in filter(None, (self.policy, self.reference)):
-            for dataset in self.datasets().values():
-                reader.check_roles(dataset.role_orders)
-        if run.data.encoded is None:
-            # A tokenizer that cannot be aligned is known before any model is built.
-            self.encoder.prepare()
-        for reader in filter(None, (self.policy, self.reference)):
-            for dataset in self.datasets().values():
-                reader.check_roles(dataset.role_orders)
+        self.train = self._open(run.data.train)
+        self.validation = self._open(run.data.validation) if run.data.validation else None
+        if run.data.on_bad == "stop":
+            self._check_kinds()
         self.plan = StepPlan(
             len(self.train),
             run.data.global_batch_size,
@@ -127,6 +132,42 @@ class RunData:
             shuffle=run.data.shuffle,
             seed=run.seed,
         )
+        if run.data.encoded is None:
+            # A tokenizer that cannot be aligned is known before any model is built, and so is a limit that is wrong.
+            self.encoder.prepare()
+            self._check_first_pairs()
+
+    def _open(self, paths: Sequence[str]) -> PreferenceDataset:
+        data = self.run.data
+        longest = longest_row(data.max_length, data.max_row_bytes)
+        return open_preferences(paths, data.split, data.on_bad, self.encoder.kept, longest)
+
+    def _check_kinds(self) -> None:
+        """Stop where a template refuses the roles of some rows, or leaves out what some hold beside their text.
+
+        Raises:
+            RefusedConversationError: It names the first such row.
+        """
+        for dataset in self.datasets().values():
+            for reader in filter(None, (self.policy, self.reference)):
+                reader.check_roles(dataset.role_orders)
+            for row in dataset.first_of_kinds[:_MOST_KINDS]:
+                self.encoder.encode([row], [dataset[row]])
+
+    def _check_first_pairs(self) -> None:
+        """Stop where none of the pairs that the first steps see can be used.
+
+        Raises:
+            InputError: It says why, by reason.
+        """
+        steps = (self.plan.batch(step)[1].tolist() for step in range(self.plan.steps_per_epoch))
+        rows = list(itertools.islice(itertools.chain.from_iterable(steps), FIRST_PAIRS))
+        skipped = [
+            pair for pair in self.encoder.encode(rows, [self.train[row] for row in rows]) if isinstance(pair, Skipped)
+        ]
+        if len(skipped) == len(rows):
+            reasons = Counter(pair.reason for pair in skipped)
+            raise no_usable_pair(", ".join(self.run.data.train), reasons, next((one.why for one in skipped), ""))
 
     @property
     def total_steps(self) -> int:
@@ -154,6 +195,15 @@ class RunData:
                 if note.key != OF_RESPONSES or self.encoder.response_text == "written":
                     logger.warning("%s", note.line(key))
 
+    def check_unchanged(self) -> None:
+        """Stop where a data file no longer holds what it did when the job began.
+
+        Raises:
+            InputError: It names the file.
+        """
+        for dataset in self.datasets().values():
+            dataset.check_unchanged()
+
     def datasets(self) -> dict[str, PreferenceDataset]:
         """The pairs by name: "train", and "validation" where there are such."""
         return {"train": self.train} | ({"validation": self.validation} if self.validation is not None else {})
@@ -173,14 +223,37 @@ class RunData:
             self.encoder,
             plan,
             self._balanced,
-            scores=self.scores,
+            scores=self.scores_of(name),
             dp_rank=dp_rank,
             dp_size=dp_size,
             start_step=start_step,
             num_workers=self.run.data.num_workers,
             encoded=self.encoded.get(name),
-            top_k=self.top_k,
+            top_k=self.top_k_of(name),
         )
+
+    def scores_of(self, name: str) -> SpanScores | None:
+        """Span scores of the pairs of a dataset; caches hold those of training, which held-out ones then are among.
+
+        Raises:
+            InputError: A held-out pair is not.
+        """
+        if name == "train" or self.scores is None or not self.scores.of_numbers:
+            return self.scores
+        return self._of_train(self.scores)
+
+    def top_k_of(self, name: str) -> TopKSource | None:
+        """What the teacher finds most likely in the responses of a dataset; as ``scores_of``."""
+        return self.top_k if name == "train" or self.top_k is None else self._of_train(self.top_k)
+
+    def _of_train(self, source: T) -> T:
+        """Scores by the numbers of training pairs, for the held-out ones."""
+        return Renumbered(source, self.train, self._numbers_in_train)  # type: ignore[return-value]
+
+    @cached_property
+    def _numbers_in_train(self) -> NDArray[np.int64]:
+        assert self.validation is not None
+        return self.validation.numbers_in(self.train)
 
     def filler(self, side: SideName = "policy") -> Microbatch:
         """A microbatch without pairs."""
@@ -201,6 +274,19 @@ class RunData:
             **({"top_k": self.top_k.fingerprint} if self.top_k else {}),
             **{f"{name}_weights": fingerprint for name, fingerprint in self.weights.items()},
         }
+
+
+def no_usable_pair(place: str, skipped: Counter[str], why: str = "") -> InputError:
+    """What a run says that has met no pair which it can use.
+
+    Args:
+        place: The training data.
+        skipped: How many pairs were left out, by reason.
+        why: More of the first of them, where there is more to say.
+    """
+    reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
+    found = f"no usable pair among the first {skipped.total()} ({reasons})" + (f"; the first: {why}" if why else "")
+    return InputError(place, found, "pairs that can be trained on, within data.max_length and data.max_prompt_length")
 
 
 def batching_of(run: RunConfig, responses: Responses = ("chosen", "rejected"), online: bool = False) -> Batching:

@@ -1,6 +1,6 @@
 """How a run weighs spans: which scores it asks for, and what it makes of them, cached or beside the policy alike."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,7 @@ class Weighting:
         lower: ``L``, in nats.
         upper: ``U``, in nats.
         seed: What drawn numbers depend on beside pair and response.
+        shared_ids: Ids that several pairs have, and so do not tell draws apart.
     """
 
     name: str = "uniform"
@@ -87,6 +88,7 @@ class Weighting:
     lower: float = -0.5
     upper: float = 1.5
     seed: int = 0
+    shared_ids: frozenset[str] = frozenset()
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -127,7 +129,7 @@ class Weighting:
         """The weights of chosen and rejected of one pair, f32 ``[n_spans]`` each, from scores of both by role."""
         sizes = [pair.chosen.n_spans, pair.rejected.n_spans]
         response_S = torch.tensor([0, 1]).repeat_interleave(torch.tensor(sizes))
-        draws = pair_draws(self.seed, pair) if self.draws else [torch.zeros(size) for size in sizes]
+        draws = pair_draws(self.seed, pair, self.shared_ids) if self.draws else [torch.zeros(size) for size in sizes]
         lengths = [torch.from_numpy(_lengths(response)) for response in (pair.chosen, pair.rejected)]
         spans = Spans(response_S, 2, (1.0 - 2.0 * response_S).float(), torch.cat(lengths), torch.cat(draws))
         both = {role: torch.from_numpy(np.concatenate(scored)) for role, scored in scores.items()}
@@ -140,10 +142,17 @@ def _lengths(response: EncodedResponse) -> Float32Array:
     return np.bincount(response.reference.response_span, minlength=response.n_spans).astype(np.float32)
 
 
-def pair_draws(seed: int, pair: EncodedPair) -> list[Tensor]:
-    """Numbers from U(-1, 1) for every span of chosen and of rejected, fp32 ``[n_spans]`` each."""
+def pair_draws(seed: int, pair: EncodedPair, shared_ids: Collection[str] = ()) -> list[Tensor]:
+    """Numbers from U(-1, 1) for every span of chosen and of rejected, fp32 ``[n_spans]`` each.
+
+    Args:
+        seed: Of the run.
+        pair: Which pair.
+        shared_ids: Ids that several pairs have; these are told apart by their numbers in the dataset.
+    """
     responses = {"chosen": pair.chosen, "rejected": pair.rejected}
-    return [draw(seed, pair.id, name, response.n_spans) for name, response in responses.items()]
+    name_of_pair = f"{pair.id}\0{pair.index}" if pair.id in shared_ids else pair.id
+    return [draw(seed, name_of_pair, name, response.n_spans) for name, response in responses.items()]
 
 
 class SpanDraws:
@@ -151,13 +160,17 @@ class SpanDraws:
 
     Attributes:
         fingerprint: What the numbers depend on beside the pairs.
+        of_numbers: They can be drawn for any pair.
     """
 
-    def __init__(self, seed: int) -> None:
+    of_numbers = False
+
+    def __init__(self, seed: int, shared_ids: Collection[str] = ()) -> None:
         self.fingerprint = f"draws of seed {seed}"
         self._seed = seed
+        self._shared_ids = shared_ids
 
     def lookup(self, pair: EncodedPair) -> tuple[Float32Array, Float32Array, Float32Array, Float32Array]:
         """Reference log-probs of zero, then the draws, of chosen and rejected."""
-        chosen, rejected = (numbers.numpy() for numbers in pair_draws(self._seed, pair))
+        chosen, rejected = (numbers.numpy() for numbers in pair_draws(self._seed, pair, self._shared_ids))
         return np.zeros_like(chosen), np.zeros_like(rejected), chosen, rejected

@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from ctpd_nemo.conf_folder import CONF
+from ctpd_nemo.data.paths import relative_to
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.base import FOLDERS
 from ctpd_nemo.models.config import RunConfig
@@ -96,7 +97,7 @@ def _make_absolute(run: RunConfig, folder: Path) -> None:
         if template is not None and "{" not in template:
             own = (folder / template).is_file() or not (CONF / template).is_file()
             side.chat_template = str(folder / template) if own else template
-    run.data.train = [str(folder / path) for path in run.data.train]
-    run.data.validation = [str(folder / path) for path in run.data.validation]
+    run.data.train = [relative_to(folder, path) for path in run.data.train]
+    run.data.validation = [relative_to(folder, path) for path in run.data.validation]
     if run.data.encoded not in (None, "auto"):
         run.data.encoded = str(folder / run.data.encoded)

@@ -25,7 +25,8 @@ class BadStepReport(Callback):
     """Counts bad steps over all parts of a run; comes before ``Checkpointing``, which may end the job at one.
 
     Each has a row in a JSON-lines file: ``step``, ``loss`` and ``grad_norm`` as text ("nan", "inf"), and
-    ``microbatches``, of all data-parallel ranks, each with its ``pairs`` and their mean ``loss``.
+    ``microbatches``, of all data-parallel ranks, each with the ids of its ``pairs``, their ``places`` in the data and
+    their mean ``loss``.
     """
 
     def __init__(self, folder: Path, max_in_a_row: int) -> None:
@@ -99,7 +100,9 @@ def _all_microbatches(model: Any, batch: StepBatch) -> list[dict[str, Any]]:
         for microbatch, loss in zip(batch.microbatches, model.last_losses, strict=True):
             if rows := microbatch.pair_index.tolist():
                 mean = float(loss.sums["loss"]) / max(1.0, float(loss.counts["loss"]))
-                own.append({"pairs": [model.run_data.train[row].id for row in rows], "loss": str(mean)})
+                train = model.run_data.train
+                ids, places = [train[row].id for row in rows], [train.place(row) for row in rows]
+                own.append({"pairs": ids, "places": places, "loss": str(mean)})
     of_ranks: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, own)
     return [microbatch for of_rank in of_ranks for microbatch in of_rank]

@@ -2,16 +2,20 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core import parallel_state
 
+from ctpd_nemo.data.encode import Skipped
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.data import FIRST_PAIRS, RunData, no_usable_pair
 from ctpd_nemo.models.probe import take_probe
 from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.pipeline.step_rows import StepRows
@@ -26,14 +30,16 @@ _COUNTERS = ("skipped", "differing")
 class DataReport(Callback):
     """Says at the end what was trained on and what was left out, earlier parts of a resumed run included."""
 
-    def __init__(self, title: str, place: str) -> None:
+    def __init__(self, title: str, place: str, warn_skipped: float = 1.0) -> None:
         """Args:
         title: What the line begins with.
         place: The training data, to name in an error.
+        warn_skipped: Share of skipped pairs above which a warning is given at once.
         """
         self.title = title
         self.place = place
         self.stats = StepStats()
+        self._skips = SkipWarning(title, warn_skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far."""
@@ -48,13 +54,16 @@ class DataReport(Callback):
         """Count the step.
 
         Raises:
-            InputError: Every pair of the run was skipped; it is raised before the last checkpoint is written.
+            InputError: Every pair so far was skipped, and they are enough to say so, or all that there are.
         """
         self.stats += pl_module.last_stats
+        self._skips.look(self.stats, batch.skipped)
         if pl_module.data_wait.steps == 1:
             logger.info("%-13s data of the first step after %.1f s", self.title, pl_module.data_wait.first_seconds)
-        if trainer.global_step == trainer.max_steps and not self.stats.pairs:
-            raise InputError(self.place, str(self.stats), "pairs that can be trained on")
+        enough = min(FIRST_PAIRS, len(pl_module.run_data.train))
+        over = trainer.global_step == trainer.max_steps
+        if not self.stats.pairs and (over or self.stats.skipped.total() >= enough):
+            raise no_usable_pair(self.place, self.stats.skipped)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Report."""
@@ -76,6 +85,92 @@ class ProbeRecord(Callback):
         probe = take_probe(pl_module)
         if probe is not None and trainer.is_global_zero:
             probe.write(self._folder)
+
+
+class SkipWarning:
+    """Says at once that pairs are skipped: the first for each fault of a row, and once that they are too many."""
+
+    def __init__(self, title: str, share: float) -> None:
+        """Args:
+        title: What lines begin with.
+        share: Of skipped pairs, above which they are too many.
+        """
+        self._title = title
+        self._share = share
+        self._told: set[str] = set()
+        self._warned = False
+
+    def look(self, stats: StepStats, skipped: Sequence[Skipped]) -> None:
+        """Look at what was left out.
+
+        Args:
+            stats: Of all steps so far.
+            skipped: Of the last one, here.
+        """
+        for pair in skipped:
+            if pair.why and pair.reason not in self._told:
+                self._told.add(pair.reason)
+                logger.warning("%s: skipped a pair (%s): %s", self._title, pair.reason, pair.why)
+        seen = stats.pairs + stats.skipped.total()
+        if not self._warned and seen >= FIRST_PAIRS and stats.skipped.total() > self._share * seen:
+            self._warned = True
+            found = f"{stats.skipped.total()} of the first {seen} pairs are skipped"
+            logger.warning("%s: %s: %s", self._title, found, stats)
+
+
+class ScoreReport(Callback):
+    """Says of a scoring job, shard by shard, that pairs are skipped."""
+
+    def __init__(self, title: str, warn_skipped: float) -> None:
+        """Args:
+        title: What lines begin with.
+        warn_skipped: Share of skipped pairs above which a warning is given at once.
+        """
+        self._skips = SkipWarning(title, warn_skipped)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Look at the shard, and at what this replica has done so far."""
+        self._skips.look(pl_module.stats, batch.skipped)
+
+
+class DataWatch(Callback):
+    """Stops a run whose data files are written to: looks when an epoch begins, and before a checkpoint is written."""
+
+    def __init__(self, data: RunData) -> None:
+        self._data = data
+        self._epoch = 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Look where the step is of another epoch than the one before; every rank comes to it.
+
+        Raises:
+            InputError: A file has changed.
+        """
+        if batch.epoch != self._epoch:
+            self._epoch = batch.epoch
+            self._look()
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        """Look before anything is written.
+
+        Raises:
+            InputError: A file has changed.
+        """
+        self._look()
+
+    def _look(self) -> None:
+        """All ranks stop for what one of them sees: they may have files of their own."""
+        found: InputError | None = None
+        try:
+            self._data.check_unchanged()
+        except InputError as error:
+            found = error
+        if any_rank(found is not None):
+            seen: list[InputError | None] = [None] * dist.get_world_size()
+            dist.all_gather_object(seen, found)
+            raise next(error for error in seen if error is not None)
 
 
 class StopBetweenShards(Callback):

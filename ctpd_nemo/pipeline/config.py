@@ -45,6 +45,9 @@ def _fill(section: DictConfig, values: Mapping[str, Any], place: str) -> None:
                 raise InputError(key, repr(value), "keys and their values")
             _fill(section[name], value, key)
             continue
+        if types[name] in (list[str], list[str] | None) and isinstance(value, str) and value:
+            # One where several may be.
+            value = [value]
         try:
             section[name] = value
         except OmegaConfBaseException as error:

@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ctpd_nemo.data.encode import FAULTS
 from ctpd_nemo.data.encoded import EncodedDataset, Manifest
 from ctpd_nemo.data.encoded_writer import write_encoded
 from ctpd_nemo.data.source import TextSource
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
-from ctpd_nemo.models.data import RunData
+from ctpd_nemo.models.data import RunData, no_usable_pair
 from ctpd_nemo.pipeline.rank_zero import on_rank_0_in_parts
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,26 @@ def use_encoded(data: RunData) -> None:
         source = TextSource(dataset, data.encoder)
         on_rank_0_in_parts(_told(folder, write_encoded(folder, manifest, source, workers)))
         data.encoded[name] = EncodedDataset(folder, manifest)
+        _check_skipped(data, name)
+
+
+def _check_skipped(data: RunData, name: str) -> None:
+    """Say at once what an encoded dataset leaves out.
+
+    Raises:
+        InputError: That is a row which is to stop the run, or all of them.
+    """
+    dataset, encoded, config = data.datasets()[name], data.encoded[name], data.run.data
+    skipped = encoded.skipped
+    faults = [reason for reason in FAULTS if skipped[reason]]
+    if faults and config.on_bad == "stop":
+        place = dataset.place(encoded.first_skipped(faults[0]))
+        raise InputError(place, f"a pair that cannot be encoded ({faults[0]})", "pairs that can, or data.on_bad=skip")
+    if skipped.total() == len(encoded):
+        raise no_usable_pair(", ".join(getattr(config, name)), skipped)
+    if skipped.total() > config.warn_skipped * len(encoded):
+        reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
+        logger.warning("%s: %d of %d pairs are skipped: %s", name, skipped.total(), len(encoded), reasons)
 
 
 def _told(folder: Path, shards: Iterator[tuple[int, int]], every: float = 10.0) -> Iterator[None]:

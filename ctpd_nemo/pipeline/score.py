@@ -30,7 +30,7 @@ from ctpd_nemo.models.top_k import TopKScoring
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, local_device, world_size
-from ctpd_nemo.pipeline.callbacks import StopBetweenShards
+from ctpd_nemo.pipeline.callbacks import ScoreReport, StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
@@ -85,7 +85,8 @@ def score(run: RunConfig) -> Path:
         on_rank_0(lambda: write_record(run, {**prints, **weighed}))
         data.warn_of_choices()
     heartbeat = Heartbeat(Path(run.run_dir), run.parallel.timeout_minutes)
-    trainer = build_trainer(run, total_steps=1, callbacks=[StopBetweenShards(), heartbeat]) if todo else None
+    callbacks = [ScoreReport(cache.name, run.data.warn_skipped), StopBetweenShards(), heartbeat]
+    trainer = build_trainer(run, total_steps=1, callbacks=callbacks) if todo else None
     for roles in _passes(run, todo):
         assert trainer is not None
         shards = on_rank_0(functools.partial(missing, roles))
@@ -145,13 +146,17 @@ def _pass(
         return _loader(data, side, pairs_per_shard, missing[dp_rank::dp_size], microbatch_tokens)
 
     def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
-        ids = [data.train[row].id for row in rows]
-        writer.write(role, shard, [PairScores(id_, *pair) for id_, pair in zip(ids, scores, strict=True)])
+        data.train.check_unchanged()
+        scored = zip(rows, scores, strict=True)
+        pairs = [PairScores(data.train[row].id, chosen, rejected, row) for row, (chosen, rejected) in scored]
+        writer.write(role, shard, pairs)
 
     def keep_top_k(shard: int, rows: Sequence[int], found: Sequence[tuple[NDArray[Any], ...]]) -> None:
         assert top_k is not None
-        ids = [data.train[row].id for row in rows]
-        top_k.write(shard, [PairTopK(id_, *pair) for id_, pair in zip(ids, found, strict=True)])
+        data.train.check_unchanged()
+        kept = zip(rows, found, strict=True)
+        pairs = [PairTopK(data.train[row].id, logprobs, ids, tail, row) for row, (logprobs, ids, tail) in kept]
+        top_k.write(shard, pairs)
 
     def budget(models: Mapping[str, FrozenModel]) -> int:
         return forward_budget(models, data, side, pairs_per_shard)

@@ -3,8 +3,10 @@
 A folder of ``manifest.json`` and Parquet shards, a set of shards for each role (``models.roles``)::
 
     manifest.json
-    reference-00000.parquet     pair_id: string, chosen: list<float>, rejected: list<float>
+    reference-00000.parquet     pair_id: string, chosen: list<float>, rejected: list<float>, row: int64
     positive-00000.parquet      one float a span, in nats
+
+``row`` is the number of the pair in the data; shards that earlier versions wrote have none, and ids that differ.
 
 A shard covers a fixed range of pairs. It is written under a temporary name and renamed, so a shard that is there is
 whole, and an interrupted job goes on with the first that is missing. Each has a checksum of what it says. The manifest
@@ -16,7 +18,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
 from ctpd_nemo.parallel.checkpoint_files import flush
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
-from ctpd_nemo.pipeline.score_tables import check_scores, check_tables
+from ctpd_nemo.pipeline.score_tables import NUMBER, check_scores, check_tables, rows_of_pairs
 from ctpd_nemo.text_files import naming
 
 FINGERPRINTS = (
@@ -49,7 +51,12 @@ _MANIFEST = "manifest.json"
 _FORMAT = 1
 _FIELDS = {"pairs": int, "pairs_per_shard": int, "shards": int, "fingerprints": dict, "teacher_weights": dict}
 _SCHEMA = pa.schema(
-    [("pair_id", pa.string()), ("chosen", pa.list_(pa.float32())), ("rejected", pa.list_(pa.float32()))]
+    [
+        ("pair_id", pa.string()),
+        ("chosen", pa.list_(pa.float32())),
+        ("rejected", pa.list_(pa.float32())),
+        (NUMBER, pa.int64()),
+    ]
 )
 
 Float32Array = NDArray[np.float32]
@@ -57,11 +64,19 @@ Float32Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PairScores:
-    """Span log-probs of one pair under one model, f32 ``[n_spans]`` each."""
+    """Span log-probs of one pair under one model, f32 ``[n_spans]`` each.
+
+    Attributes:
+        pair_id: What the user calls the pair.
+        chosen: Of the chosen response.
+        rejected: Of the rejected response.
+        row: The number of the pair in the data; ``None`` in caches that earlier versions wrote.
+    """
 
     pair_id: str
     chosen: Float32Array
     rejected: Float32Array
+    row: int | None = None
 
 
 class ScoreWriter:
@@ -130,14 +145,18 @@ class ScoreWriter:
             InputError: A score is not finite, or a log-prob above 0.
         """
         path = _shard_path(self.folder, role, shard)
+        rows = [pair.row for pair in pairs]
         table = pa.table(
             {
                 "pair_id": [pair.pair_id for pair in pairs],
                 "chosen": [pair.chosen for pair in pairs],
                 "rejected": [pair.rejected for pair in pairs],
+                NUMBER: rows,
             },
             schema=_SCHEMA,
         )
+        if None in rows:
+            table = table.drop_columns([NUMBER])
         check_scores(str(path), table, ROLES[role].margin_of is None)
         write_renamed(path, lambda writing: pq.write_table(with_sums(table), writing))
 
@@ -147,7 +166,10 @@ class ScoreReader:
 
     Attributes:
         fingerprint: A name for what the scores were computed from, weights of the teachers included.
+        of_numbers: They are of the pairs of the data that was scored, and of no other.
     """
+
+    of_numbers = True
 
     def __init__(
         self,
@@ -157,6 +179,7 @@ class ScoreReader:
         method: WeightedConfig | None = None,
         seed: int = 0,
         more: Sequence[str | Path] = (),
+        shared_ids: frozenset[str] = frozenset(),
     ) -> None:
         """Open a cache and check that it belongs to a run.
 
@@ -168,12 +191,14 @@ class ScoreReader:
             method: How to weigh spans; ``None`` for weights of 1 (DPO).
             seed: Of the run, for weights that are drawn.
             more: Other caches, for roles that the first does not hold.
+            shared_ids: Ids that several pairs of the data have.
 
         Raises:
             InputError: No cache, a role or shard that is missing, scores of something else, or what cannot be a score.
         """
         self.folder = Path(folder)
-        self._weighting = Weighting() if method is None else method.weighting(seed)
+        weighting = Weighting() if method is None else method.weighting(seed)
+        self._weighting = replace(weighting, shared_ids=shared_ids)
         self._roles = ("reference",) if method is None else method.roles()
         manifests = {place: read_manifest(place) for place in (self.folder, *map(Path, more))}
         for place, manifest in manifests.items():
@@ -194,7 +219,7 @@ class ScoreReader:
             self._folders[role] = place
             self._tables[role] = self._read_role(role, manifests[place]["shards"])
         self.fingerprint = _digest([manifests[self.folder]["fingerprints"], digests])
-        self._rows = {role: _rows_by_id(table) for role, table in self._tables.items()}
+        self._by_number, self._rows = rows_of_pairs(self._tables)
         check_tables(self._folders, self._tables, self._rows)
 
     def _read_role(self, role: str, n_shards: int) -> pa.Table:
@@ -204,32 +229,41 @@ class ScoreReader:
             if not path.is_file():
                 raise InputError(str(folder), f"no {path.name}", f"{n_shards} shards; finish scoring first")
             try:
-                table = pq.read_table(path, schema=_SCHEMA)
                 schema = pq.read_schema(path)
+                known = [field for field in _SCHEMA if field.name != NUMBER or NUMBER in schema.names]
+                table = pq.read_table(path, schema=pa.schema(known))
             except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
-            for name in _SCHEMA.names:
+            for name in table.column_names:
                 if table[name].null_count:
                     raise InputError(str(path), f"{table[name].null_count} rows without {name}", "scores in every row")
             check_sums(str(path), table, schema)
             check_scores(str(path), table, ROLES[role].margin_of is None)
             tables.append(table)
+        if not all(NUMBER in table.column_names for table in tables):
+            # A cache that an earlier version began: then its ids differ.
+            tables = [table.select([name for name in _SCHEMA.names if name != NUMBER]) for table in tables]
         return pa.concat_tables(tables).combine_chunks()
 
     def __len__(self) -> int:
         return len(self._rows[self._roles[0]])
 
-    def __contains__(self, pair_id: object) -> bool:
-        return pair_id in self._rows[self._roles[0]]
+    def holds(self, pair_id: str, row: int) -> bool:
+        """Whether there are scores of a pair, given its id and its number in the data."""
+        return (row if self._by_number else pair_id) in self._rows[self._roles[0]]
 
-    def pair_scores(self, pair_id: str) -> dict[str, PairScores]:
+    def pair_scores(self, pair_id: str, row: int) -> dict[str, PairScores]:
         """Scores of a pair in each role that the method asks for, its reference first.
+
+        Args:
+            pair_id: What the user calls the pair.
+            row: Its number in the data.
 
         Raises:
             InputError: The cache does not hold the pair, or roles have other numbers of spans.
         """
-        scored = {role: self._pair(role, pair_id) for role in self._roles}
+        scored = {role: self._pair(role, pair_id, row) for role in self._roles}
         spans = {role: _numbers(scores) for role, scores in scored.items()}
         expected = spans[self._roles[0]]
         for role, found in spans.items():
@@ -244,7 +278,7 @@ class ScoreReader:
         Raises:
             InputError: As of ``pair_scores``; there are not as many scores as spans, or a weight is not finite.
         """
-        scored = self.pair_scores(pair.id)
+        scored = self.pair_scores(pair.id, pair.index)
         reference = scored[self._roles[0]]
         expected = [pair.chosen.n_spans, pair.rejected.n_spans]
         if _numbers(reference) != expected:
@@ -263,17 +297,20 @@ class ScoreReader:
                 expected = "a finite weight; are method.weight_scale, weight_lower and weight_upper sound?"
                 raise InputError(place, str(response[at]), expected)
 
-    def _pair(self, role: str, pair_id: str) -> PairScores:
-        row = self._rows[role].get(pair_id)
+    def _pair(self, role: str, pair_id: str, number: int) -> PairScores:
+        row = self._rows[role].get(number if self._by_number else pair_id)
         if row is None:
             raise InputError(
                 f"{self._folders[role]}, {role}", f"no pair {pair_id!r}", "scores of every pair of the data"
             )
         table = self._tables[role]
+        if (other := table["pair_id"][row].as_py()) != pair_id:
+            place = f"{self._folders[role]}, {role}, pair {pair_id!r}"
+            raise InputError(place, f"scores of pair {other!r}", "those of this one; remove the cache and score again")
         chosen, rejected = (
             table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32) for name in ("chosen", "rejected")
         )
-        return PairScores(pair_id, chosen, rejected)
+        return PairScores(pair_id, chosen, rejected, number)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -326,10 +363,6 @@ def _digest(content: object) -> str:
 def _numbers(scores: PairScores) -> list[int]:
     """Spans of chosen and rejected."""
     return [len(scores.chosen), len(scores.rejected)]
-
-
-def _rows_by_id(table: pa.Table) -> dict[str, int]:
-    return {pair_id: row for row, pair_id in enumerate(table["pair_id"].to_pylist())}
 
 
 def _shard_path(folder: Path, role: str, shard: int) -> Path:

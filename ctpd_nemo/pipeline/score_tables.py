@@ -15,15 +15,35 @@ _RESPONSES = ("chosen", "rejected")
 ROUNDING = 0.01
 
 
+# The number of a pair in the data that was scored; caches of before know pairs by their ids.
+NUMBER = "row"
+
+Key = int | str
+
+
+def rows_of_pairs(tables: Mapping[str, pa.Table]) -> tuple[bool, dict[str, dict[Key, int]]]:
+    """Where the scores of each pair are.
+
+    Args:
+        tables: Of each role: ``pair_id``, and ``row`` unless an earlier version wrote it.
+
+    Returns:
+        Whether pairs are known by their numbers, else by their ids; and of each role, from that to its row.
+    """
+    by_number = all(NUMBER in table.column_names for table in tables.values())
+    names = {role: table[NUMBER if by_number else "pair_id"].to_pylist() for role, table in tables.items()}
+    return by_number, {role: {name: row for row, name in enumerate(own)} for role, own in names.items()}
+
+
 def check_tables(
-    folders: Mapping[str, Path], tables: Mapping[str, pa.Table], rows: Mapping[str, Mapping[str, int]]
+    folders: Mapping[str, Path], tables: Mapping[str, pa.Table], rows: Mapping[str, Mapping[Key, int]]
 ) -> None:
     """Compare the scores of all roles of a run.
 
     Args:
         folders: The cache that each role is from.
         tables: Of each role: ``pair_id``, and ``chosen`` and ``rejected`` with a list of scores each.
-        rows: Of each role: pair id to its row.
+        rows: Of each role, see ``rows_of_pairs``.
 
     Raises:
         InputError: A pair that is there twice, or for one role only; a response of other spans for one role than for
@@ -33,14 +53,16 @@ def check_tables(
     for role, table in tables.items():
         place = f"{folders[role]}, {role}"
         if len(rows[role]) < len(table):
-            twice = _repeated(table["pair_id"])
-            raise InputError(place, f"pair {twice!r} twice", "scores of each pair once")
-        for pair_id in rows[first].keys() ^ rows[role].keys():
-            lacking = role if pair_id in rows[first] else first
+            twice = table["pair_id"][repeated(table, rows[role])].as_py()
+            raise InputError(place, f"pair {twice!r} twice", "scores of each pair once; remove the cache, score again")
+        for key in rows[first].keys() ^ rows[role].keys():
+            holder, lacking = (first, role) if key in rows[first] else (role, first)
+            pair_id = tables[holder]["pair_id"][rows[holder][key]].as_py()
             raise InputError(
                 f"{folders[lacking]}, {lacking}", f"no pair {pair_id!r}", "scores of every pair of the data"
             )
-        order = np.array([rows[role][pair_id] for pair_id in rows[first]])
+        order = np.array([rows[role][key] for key in rows[first]])
+        _check_ids(f"{folders[role]}, {role}", table["pair_id"].take(order), tables[first]["pair_id"])
         for name in _RESPONSES:
             spans, expected = _spans(table, name)[order], _spans(tables[first], name)
             if (spans != expected).any():
@@ -90,6 +112,20 @@ def owner(ids: pa.ChunkedArray, lengths: NDArray[np.int64], at: int) -> tuple[ob
     return ids[row].as_py(), at - int(ends[row - 1] if row else 0)
 
 
-def _repeated(ids: pa.ChunkedArray) -> object:
-    counts = pc.value_counts(ids.combine_chunks())
-    return next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
+def _check_ids(place: str, ids: pa.ChunkedArray, expected: pa.ChunkedArray) -> None:
+    """Stop where one role calls a pair otherwise than the first does."""
+    other = pc.not_equal(ids, expected)
+    if pc.any(other).as_py():
+        pair_id = ids.filter(other)[0].as_py()
+        if pc.is_in(pa.scalar(pair_id), value_set=expected.combine_chunks()).as_py():
+            raise InputError(
+                place, f"pair {pair_id!r} twice", "scores of each pair once; remove the cache, score again"
+            )
+        found = f"no pair {expected.filter(other)[0].as_py()!r} but one {pair_id!r}"
+        raise InputError(place, found, "scores of every pair of the data")
+
+
+def repeated(table: pa.Table, rows: Mapping[Key, int]) -> int:
+    """A row of a pair that has another one, too: of those, ``rows`` holds the last."""
+    last = set(rows.values())
+    return next(row for row in range(len(table)) if row not in last)

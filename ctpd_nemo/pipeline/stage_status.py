@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ctpd_nemo.convert.fingerprint import weights_fingerprint
+from ctpd_nemo.data.paths import expand
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
@@ -21,6 +22,8 @@ from ctpd_nemo.pipeline.recipe import Stage
 STATUS = "stage.json"
 # How the work is cut up changes results by rounding alone: a run may go on with other values of these.
 _CUTS_OF_WORK = ("num_workers", "microbatch_tokens", "packing", "encoded")
+# What only says more, or less.
+_WORDS = ("warn_skipped",)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def settings_fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str
         stage: Which it is.
         sources: The same of the stages that it builds on, by the config key of what each gives.
     """
-    content: dict[str, Any] = {**_settings(run, stage, sources), "files": [path.name for path in _data_files(run)]}
+    names = [Path(path).name for path in _data(run)]
+    content: dict[str, Any] = {**_settings(run, stage, sources), "files": names}
     for name in _sides(run, stage):
         side = getattr(run.model, name)
         path = side.path if f"model.{name}.path" not in stage.inputs else None
@@ -96,7 +100,7 @@ def stage_fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) 
         InputError: A file or folder cannot be used.
     """
     content = _settings(run, stage, sources)
-    content["files"] = [(path.name, _content(path)) for path in _data_files(run)]
+    content["files"] = [(path.name, _content(path)) for path in expand(_data(run))]
     for name in _sides(run, stage):
         side, own_folder = getattr(run.model, name), f"model.{name}.path" not in stage.inputs
         if own_folder or side.tokenizer or side.chat_template or side.chat_template_kwargs:
@@ -107,8 +111,8 @@ def stage_fingerprint(run: RunConfig, stage: Stage, sources: Mapping[str, str]) 
     return _hash(content)
 
 
-def _data_files(run: RunConfig) -> list[Path]:
-    return [Path(path) for path in [*run.data.train, *run.data.validation]]
+def _data(run: RunConfig) -> list[str]:
+    return [*run.data.train, *run.data.validation]
 
 
 def _sides(run: RunConfig, stage: Stage) -> tuple[str, ...]:
@@ -119,10 +123,12 @@ def _sides(run: RunConfig, stage: Stage) -> tuple[str, ...]:
 def _settings(run: RunConfig, stage: Stage, sources: Mapping[str, str]) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.structured(run))
     assert isinstance(values, dict)
-    left_out: tuple[str, ...] = (*_CUTS_OF_WORK, "train", "validation")
+    left_out = [*_CUTS_OF_WORK, *_WORDS, "train", "validation"]
+    # As all stages that were done before there was a choice.
     if run.data.response_text == "written":
-        # As all stages that were done before there was a choice.
-        left_out = (*left_out, "response_text")
+        left_out.append("response_text")
+    if run.data.max_row_bytes is None:
+        left_out.append("max_row_bytes")
     content: dict[str, Any] = {
         "seed": run.seed,
         "precision": values["precision"],

@@ -4,6 +4,7 @@ They lie beside the span scores of the same job, in Parquet shards over the same
 
     top_k.json
     top_k-00000.parquet     pair_id: string
+                            row: int64                  the number of the pair in the data
                             logprobs: list<half or float>   k a token in descending order, in nats, token after token
                             ids: list<int32>                the words that they are of, in the teacher's vocabulary
                             tail: list<float>               one a token: what all other probabilities add up to
@@ -25,10 +26,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.encode import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
-from ctpd_nemo.pipeline.score_tables import ROUNDING, owner
+from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, repeated, rows_of_pairs
 
 Float32Array = NDArray[np.float32]
 
@@ -42,16 +44,18 @@ class PairTopK:
     """One pair's chosen response of n tokens.
 
     Attributes:
-        pair_id: Of the pair.
+        pair_id: What the user calls the pair.
         logprobs: f32 ``[n, k]``, descending.
         ids: int32 ``[n, k]``.
         tail: f32 ``[n]``.
+        row: The number of the pair in the data; ``None`` in caches that earlier versions wrote.
     """
 
     pair_id: str
     logprobs: Float32Array
     ids: NDArray[np.int32]
     tail: Float32Array
+    row: int | None = None
 
 
 class TopKWriter:
@@ -115,9 +119,11 @@ class TopKWriter:
             InputError: A log-prob is not finite, or above 0; what is left of the probabilities is no probability.
         """
         path = _shard_path(self.folder, shard)
+        rows = [pair.row for pair in pairs]
         table = pa.table(
             {
                 "pair_id": [pair.pair_id for pair in pairs],
+                **({} if None in rows else {NUMBER: pa.array(rows, pa.int64())}),
                 "logprobs": _lists([pair.logprobs for pair in pairs], self._type),
                 "ids": _lists([pair.ids for pair in pairs], pa.int32()),
                 "tail": _lists([pair.tail for pair in pairs], pa.float32()),
@@ -128,7 +134,7 @@ class TopKWriter:
 
 
 class TopKReader:
-    """The log-probs by pair id; goes to dataloader workers.
+    """The log-probs by pair; goes to dataloader workers.
 
     Attributes:
         k: How many a token.
@@ -156,17 +162,30 @@ class TopKReader:
         self.k: int = manifest["k"]
         identity = {name: manifest[name] for name in ("fingerprints", "teacher_weights", "k", "dtype")}
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._table = pa.concat_tables([self._read(shard, manifest) for shard in range(manifest["shards"])])
-        self._table = self._table.combine_chunks()
-        self._rows = {pair_id: row for row, pair_id in enumerate(self._table["pair_id"].to_pylist())}
+        tables = [self._read(shard, manifest) for shard in range(manifest["shards"])]
+        if not all(NUMBER in table.column_names for table in tables):
+            # A cache that an earlier version began: then its ids differ.
+            tables = [table.select([name for name in table.column_names if name != NUMBER]) for table in tables]
+        self._table = pa.concat_tables(tables).combine_chunks()
+        self._by_number, rows = rows_of_pairs({"top_k": self._table})
+        self._rows = rows["top_k"]
+        if len(self._rows) < len(self._table):
+            twice = self._table["pair_id"][repeated(self._table, self._rows)].as_py()
+            expected = "log-probs of each pair once; remove the cache, score again"
+            raise InputError(f"{self.folder}, top_k", f"pair {twice!r} twice", expected)
 
     def _read(self, shard: int, manifest: Mapping[str, Any]) -> pa.Table:
         path = _shard_path(self.folder, shard)
         if not path.exists():
             raise InputError(str(self.folder), f"no {path.name}", f"{manifest['shards']} shards; finish scoring first")
+        try:
+            stored = pq.read_schema(path)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
         schema = pa.schema(
             [
                 ("pair_id", pa.string()),
+                *([(NUMBER, pa.int64())] if NUMBER in stored.names else []),
                 # Offsets of 64 bits: all tokens of a run are joined.
                 ("logprobs", pa.large_list(_TYPES[manifest["dtype"]])),
                 ("tail", pa.large_list(pa.float32())),
@@ -174,10 +193,8 @@ class TopKReader:
         )
         try:
             table = pq.read_table(path, columns=schema.names).cast(schema)
-            stored = pq.read_schema(path)
         except (pa.ArrowException, OSError, ValueError) as error:
-            found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
-            raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error
+            raise _unreadable(path, error) from error
         for name in schema.names:
             if table[name].null_count:
                 raise InputError(str(path), f"{table[name].null_count} rows without {name}", "values in every row")
@@ -185,23 +202,32 @@ class TopKReader:
         _check_numbers(path, table)
         return table
 
-    def lookup(self, pair_id: str) -> tuple[Float32Array, Float32Array]:
+    def lookup(self, pair: EncodedPair | str) -> tuple[Float32Array, Float32Array]:
         """Log-probs of the chosen response f32 ``[n, k]``, and what the other probabilities add up to ``[n]``.
+
+        Args:
+            pair: Which; its id alone will do for a cache of an earlier version, which knows no more of it.
 
         Raises:
             InputError: There are none of the pair, or not ``k`` of each token.
         """
-        row = self._rows.get(pair_id)
-        if row is None:
+        pair_id = pair if isinstance(pair, str) else pair.id
+        at = self._rows.get(pair_id if isinstance(pair, str) or not self._by_number else pair.index)
+        if at is None:
             raise InputError(f"{self.folder}, top_k", f"no pair {pair_id!r}", "log-probs of every pair of the data")
         logprobs, tail = (
-            self._table[name][row].values.to_numpy(zero_copy_only=False).astype(np.float32)
+            self._table[name][at].values.to_numpy(zero_copy_only=False).astype(np.float32)
             for name in ("logprobs", "tail")
         )
         if len(logprobs) != self.k * len(tail):
             found = f"{len(logprobs)} log-probs of {len(tail)} tokens"
             raise InputError(f"{self.folder}, top_k, pair {pair_id!r}", found, f"{self.k} of each")
         return logprobs.reshape(-1, self.k), tail
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    found = f"a shard that cannot be read ({str(error).splitlines()[0]})"
+    return InputError(str(path), found, "a Parquet shard; remove it and score again")
 
 
 def _check_numbers(path: Path, table: pa.Table) -> None:

@@ -21,7 +21,7 @@ from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import initialize, world_size
 from ctpd_nemo.pipeline.bad_steps import BadStepReport
-from ctpd_nemo.pipeline.callbacks import DataReport, MetricLog, ProbeRecord
+from ctpd_nemo.pipeline.callbacks import DataReport, DataWatch, MetricLog, ProbeRecord
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.encoded import use_encoded
@@ -70,7 +70,10 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     elif reference == "cache":
         data.scores = _open_scores(run, data)
     elif weighted is not None and weighted.weighting(run.seed).draws:
-        data.scores = SpanDraws(run.seed)
+        data.scores = SpanDraws(run.seed, data.train.shared_ids)
+    if data.validation is not None:
+        # That held-out pairs have no scores is known before models are built.
+        data.scores_of("validation"), data.top_k_of("validation")
     data.weights = weights_fingerprints(folders)
     checkpoints = folder / "checkpoints"
     newest = _newest_checkpoint(run, checkpoints)
@@ -79,7 +82,8 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     heartbeat = Heartbeat(folder, run.parallel.timeout_minutes, watch.pace)
     own_callbacks = [
         LambdaCallback(on_train_start=lambda trainer, _: _write_record(run, data, trainer)),
-        DataReport(folder.name, ", ".join(run.data.train)),
+        DataReport(folder.name, ", ".join(run.data.train), run.data.warn_skipped),
+        DataWatch(data),
         MetricLog(folder / "metrics.jsonl"),
         watch,
         heartbeat,
@@ -132,6 +136,7 @@ def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
         weighted,
         run.seed,
         [second] if second else [],
+        data.train.shared_ids,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.config import longest_row
 from ctpd_nemo.data.encode import EncodedPair, PairEncoder
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.errors import InputError
@@ -106,7 +107,6 @@ def measured_lengths(run: RunConfig, count: int) -> Lengths:
     """
     if not run.data.train:
         raise InputError("data.train", "no files", "preference files, as workload.measure asks for their lengths")
-    data = open_preferences(run.data.train, split=run.data.split, on_bad=run.data.on_bad)
     encoder = PairEncoder(
         load_side(run.model.student, "model.student"),
         load_side(run.model.teacher, "model.teacher"),
@@ -114,7 +114,10 @@ def measured_lengths(run: RunConfig, count: int) -> Lengths:
         run.data.max_length,
         run.data.max_prompt_length,
         run.data.response_text,
+        on_bad=run.data.on_bad,
     )
+    longest = longest_row(run.data.max_length, run.data.max_row_bytes)
+    data = open_preferences(run.data.train, run.data.split, run.data.on_bad, encoder.kept, longest)
     rows = np.linspace(0, len(data) - 1, min(count, len(data)), dtype=np.int64).tolist()
     encoded = [pair for pair in encoder.encode(rows, [data[row] for row in rows]) if isinstance(pair, EncodedPair)]
     if not encoded:

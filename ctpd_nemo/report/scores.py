@@ -69,15 +69,20 @@ class CachedScores:
         self._reader = ScoreReader(folder, manifest["fingerprints"] | shown, {}, method if weighs else None)
         self._method = method
 
-    def of_pair(self, pair_id: str, n_spans: tuple[int, int]) -> tuple[ResponseScores, ResponseScores] | None:
+    def of_pair(self, pair_id: str, row: int, n_spans: tuple[int, int]) -> tuple[ResponseScores, ResponseScores] | None:
         """Scores of chosen and rejected; ``None`` for a pair that was not scored.
+
+        Args:
+            pair_id: What the user calls the pair.
+            row: Its number in the data.
+            n_spans: Spans of chosen and rejected, without ends of turns.
 
         Raises:
             InputError: More scores than spans.
         """
-        if pair_id not in self._reader:
+        if not self._reader.holds(pair_id, row):
             return None
-        scored, found = self._reader.pair_scores(pair_id), []
+        scored, found = self._reader.pair_scores(pair_id, row), []
         for name, sign, most in zip(("chosen", "rejected"), (1.0, -1.0), n_spans, strict=True):
             by_role = {role: getattr(scores, name) for role, scores in scored.items()}
             numbers: dict[str, Float32Array] = {}

@@ -205,13 +205,15 @@ def _pair_views(
         fingerprints = (pairs.fingerprint, tokenizer_fingerprint(teacher), tokenizer_fingerprint(student))
         scores = CachedScores(config.scores, *fingerprints, method)
     views = []
-    for pair in pairs[: config.limit]:
+    for row, pair in enumerate(pairs[: config.limit]):
         responses = {"chosen": pair.chosen, "rejected": pair.rejected}
         n_spans = [align(text, teacher, student).n_spans for text in responses.values()]
-        known = scores.of_pair(pair.id, (n_spans[0], n_spans[1])) if scores else None
+        known = scores.of_pair(pair.id, row, (n_spans[0], n_spans[1])) if scores else None
         for index, (name, text) in enumerate(responses.items()):
             own = known[index] if known else None
-            view = text_view(f"{pair.id} \u00b7 {name}", text, teacher, student, config.spans, own)
+            view = text_view(
+                f"{pair.id} ({Path(pair.place).name}) \u00b7 {name}", text, teacher, student, config.spans, own
+            )
             if index == 0:
                 view.asked.extend(readable(pair.prompt[-1].content[:_ASKED].encode()))
             if scores and known is None:

@@ -221,7 +221,6 @@ BAD_ROWS: dict[str, tuple[Any, str, str]] = {
         "lone_surrogate",
         "field 'prompt': found the lone surrogate U+D800 at character 2",
     ),
-    "same id": ({**GOOD, "id": "pairs-1"}, "duplicate_id", "found 'pairs-1', the id of "),
 }
 
 
@@ -275,6 +274,7 @@ def test_unusable_paths_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\n")
     (tmp_path / "fake.parquet").write_text("no")
     (tmp_path / "bad.jsonl").write_text("{}\n")
+    (tmp_path / "folder").mkdir()
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
     for name, message in {
         "absent.jsonl": "absent.jsonl: found no such file or folder",
@@ -282,7 +282,7 @@ def test_unusable_paths_say_what_is_wrong(tmp_path: Path) -> None:
         "empty.parquet": "empty.parquet: found no rows",
         "pairs.csv": "pairs.csv: found the extension '.csv'; expected a .jsonl file",
         "fake.parquet": "fake.parquet: found a file Arrow cannot read",
-        "": "found a folder without state.json or dataset_dict.json",
+        "folder": "found a folder without state.json or dataset_dict.json",
     }.items():
         with pytest.raises(InputError) as stopped:
             open_preferences(tmp_path / name)

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_nemo.data.forms import Message, PreferencePair
-from ctpd_nemo.data.templates import Side
+from ctpd_nemo.data.templates import Prompt, Side
 from ctpd_nemo.errors import InputError
 
 REAL = ["llama2", "llama3", "qwen2"]
@@ -118,7 +118,8 @@ def test_tokenizing_by_role_gives_the_ids_of_inference(name: str, real_side: Cal
     side = real_side(name)
     for text in ("Name a sea.", " é🦙\n\n  <b>x</b> ", "3.14159,\ttab\r\n"):
         prompt = (Message("system", text), Message("user", text), Message("assistant", text), Message("user", text))
-        assert side._encode_by_role(prompt, side.render_text(prompt)).tolist() == ids_of_inference(side, prompt)
+        rendered = side.render_text(prompt)
+        assert side._encode_by_role(Prompt(prompt, rendered), rendered).tolist() == ids_of_inference(side, prompt)
 
 
 def test_a_string_that_becomes_a_control_token_by_normalization_is_text() -> None:

@@ -106,12 +106,18 @@ def _random(size: int) -> bytes:
     return random.Random(0).randbytes(size)
 
 
-def _two(scene: Scene) -> Values:
-    """Files of one name in two folders: rows without ids are named by their file."""
-    for name in ("a", "b"):
-        (scene.folder / name).mkdir()
-        (scene.folder / name / "pairs.jsonl").write_bytes(LINE)
-    return {"data": {"train": [str(scene.folder / name / "pairs.jsonl") for name in ("a", "b")]}}
+def _flipped(data: bytes) -> bytes:
+    return data[:-12] + bytes([data[-12] ^ 1]) + data[-11:]
+
+
+def _folder_of(**files: bytes) -> Callable[[Path], Path]:
+    def make(path: Path) -> None:
+        for name, content in files.items():
+            place = path / name.replace("__", "/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+
+    return _made("folder", make)
 
 
 _PICKLED = pa.field(
@@ -140,10 +146,67 @@ FILES: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "a name without an extension": (_bytes("pairs", LINE), "pairs", "the extension ''", FORMATS),
     "comma-separated": (_bytes("pairs.csv", b"a,b\n"), "pairs.csv", "the extension '.csv'", FORMATS),
     "tab-separated": (_bytes("pairs.tsv", b"a\tb\n"), "pairs.tsv", "the extension '.tsv'", FORMATS),
-    "a JSON file": (_bytes("pairs.json", b"[]"), "pairs.json", "the extension '.json'", FORMATS),
+    "an empty list": (_bytes("pairs.json", b" [ ]\n"), "pairs.json", "no rows", "at least one"),
+    "a list that is cut": (_bytes("pairs.json", b"[" + LINE[:-1] + b","), "pairs.json", "does not end", "a whole file"),
+    "a list that is cut in a string": (_bytes("pairs.json", b"[" + LINE[:20]), "pairs.json", "does not end", "a whole"),
+    "a list and more": (_bytes("pairs.json", b"[" + LINE + b"] x"), "pairs.json", "text behind the list", "one list"),
+    "a list of lists": (
+        _bytes("pairs.json", b"[[" + LINE + b"]]"),
+        "pairs.json:1",
+        "JSON of type list",
+        "one JSON obj",
+    ),
+    "a list with a comma too many": (
+        _bytes("pairs.json", b"[" + LINE + b",]"),
+        "pairs.json:2",
+        "malformed JSON",
+        "one JSON object a row",
+    ),
+    "an object that is no row": (
+        _bytes("pairs.json", b'{"a": 1}'),
+        "pairs.json:1, field 'chosen'",
+        "no such",
+        "a value",
+    ),
+    "an object of two lists": (
+        _bytes("pairs.json", b'{"train": [{}], "test": [{}]}'),
+        "pairs.json",
+        "lists of objects under 'train' and 'test'",
+        "an object with one list",
+    ),
     "a pickle file": (_bytes("pairs.pkl", pickle.dumps(ROWS)), "pairs.pkl", "the extension '.pkl'", FORMATS),
     "a NumPy file": (_bytes("pairs.npy", b"\x93NUMPY"), "pairs.npy", "the extension '.npy'", FORMATS),
-    "gzip": (_bytes("pairs.jsonl.gz", gzip.compress(LINE)), "pairs.jsonl.gz", "the extension '.gz'", FORMATS),
+    "text by the name of gzip": (
+        _bytes("pairs.jsonl.gz", LINE),
+        "pairs.jsonl.gz",
+        "a gzip file that cannot",
+        "a whole",
+    ),
+    "gzip of Parquet": (
+        _bytes("pairs.parquet.gz", gzip.compress(b"PAR1")),
+        "pairs.parquet.gz",
+        "the extension",
+        FORMATS,
+    ),
+    "gzip that ends early": (
+        _bytes("pairs.jsonl.gz", gzip.compress(_random(9999))[:-9]),
+        "pairs.jsonl.gz",
+        "a gzip file that cannot be read",
+        "a whole one",
+    ),
+    "gzip with a flipped byte": (
+        _bytes("pairs.jsonl.gz", _flipped(gzip.compress(LINE * 9))),
+        "pairs.jsonl.gz",
+        "a gzip file that cannot be read",
+        "a whole one",
+    ),
+    "gzip of zeros without end": (
+        _made("bomb.jsonl.gz", lambda path: path.write_bytes(gzip.compress(bytes(80 * 2**20)))),
+        "bomb.jsonl.gz",
+        "more than 67,108,864 bytes",
+        "text that packs",
+    ),
+    "a pattern that matches nothing": (lambda folder: folder / "*.jsonl", "*.jsonl", "no file or folder that", "some"),
     "gzip by another name": (_bytes("pairs.jsonl", gzip.compress(LINE)), "pairs.jsonl:1", "the byte 0x8b", "UTF-8"),
     "gzip that is cut": (_bytes("pairs.jsonl", gzip.compress(LINE * 99)[:60]), "pairs.jsonl:1", "the byte 0x8b", ""),
     "zstd by another name": (_bytes("pairs.jsonl", b"\x28\xb5\x2f\xfd\x04"), "pairs.jsonl:1", "the byte 0xb5", "UTF-8"),
@@ -191,6 +254,36 @@ FILES: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "a name with a NUL": (lambda folder: folder / "a\0b.jsonl", r"a\x00b.jsonl", "no such file or folder", "a pref"),
     "a name of a thousand letters": (lambda folder: folder / ("a" * 1000), "aaaa", "File name too long", "a path"),
     "a folder of something else": (_made("folder", Path.mkdir), "folder", "without state.json", "save_to_disk"),
+    "a folder of two splits": (
+        _folder_of(**{"train.jsonl": LINE, "test.jsonl": LINE}),
+        "folder",
+        "the splits test, train and none asked for",
+        "data.split",
+    ),
+    "a shard that is missing": (
+        _folder_of(**{"data__train-00000-of-00002.jsonl": LINE}),
+        "folder",
+        "1 are of 2 shards",
+        "all shards of one set",
+    ),
+    "a folder of two forms": (
+        _folder_of(**{"a.jsonl": LINE, "b.json": b"[]"}),
+        "folder",
+        "rows in .json and .jsonl",
+        "files of one kind",
+    ),
+    "a folder of two languages": (
+        _folder_of(**{"de__a.jsonl": LINE, "en__a.jsonl": LINE}),
+        "folder",
+        "rows in de and en",
+        "files of one kind in one folder",
+    ),
+    "a file beside a split": (
+        _folder_of(**{"train.jsonl": LINE, "more.jsonl": LINE}),
+        "folder",
+        "more.jsonl beside the split train",
+        "data.split",
+    ),
     # Parquet
     "no Parquet": (_bytes("pairs.parquet", b"no"), "pairs.parquet", "Arrow cannot read", "a Parquet file"),
     "an empty Parquet file": (_bytes("pairs.parquet", b""), "pairs.parquet", "Arrow cannot read", "a Parquet file"),
@@ -301,6 +394,5 @@ def file_cases() -> list[Case]:
     plain = [
         Case("no files", "files", lambda scene: {"data": {"train": []}}, "data.train", "no files", "one or more"),
         Case("a split of a file", "files", lambda scene: split, "data.split", "'train'", "no split"),
-        Case("one file twice", "files", _two, "b/pairs.jsonl:1, field 'id'", "'pairs-1', the id of", "an id of its"),
     ]
     return cases + plain

@@ -96,8 +96,8 @@ def test_a_prompt_that_does_not_end_is_counted(encoder: PairEncoder, tmp_path: P
 
 
 def test_pairs_that_are_there_twice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Under one id they are an error; under two they are said."""
-    rows = [GOOD, {**GOOD, "chosen": "The Black Sea."}, GOOD, GOOD]
+    """Whatever their ids."""
+    rows = [GOOD, {**GOOD, "chosen": "The Black Sea."}, GOOD, {**GOOD, "id": "pairs-1"}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with caplog.at_level(logging.WARNING, "ctpd_nemo"):
         assert len(open_preferences(tmp_path / "pairs.jsonl")) == 4
