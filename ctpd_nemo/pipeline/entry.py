@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.launcher import end_with_launcher
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.stopping import TERMINATED, Stopped, stop_at_once
 
@@ -48,6 +49,7 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
         @functools.wraps(task)
         def main() -> None:
             stop_at_once(0 if config_name in _GO_ON else TERMINATED)
+            end_with_launcher()
             quiet.before_imports()
             # Before Blackwell, what overlaps with communication needs kernels to start in the order they were queued in
             # (Megatron-Core); CUDA reads it once.
