@@ -29,16 +29,19 @@ _LOOK_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 # What holds for as long as this process lives.
-_held = contextlib.ExitStack()
+_held: list[contextlib.ExitStack] = []
 _watched: list[Process] = []
 
 
 def end_with_launcher() -> None:
-    """End this process with status 1, and by it all that it has forked, as soon as its launcher is gone.
+    """End this process with status 1 as soon as its launcher is gone, and what it forks as soon as it has ended itself.
 
     Called early, and by the main thread; further calls do nothing. Under ``torchrun`` on Linux the kernel does it, at
     once and whatever the process is at. A thread looks as well, as there may be a shell between the two.
     """
+    if not _held:
+        _held.append(contextlib.ExitStack())
+        _held[0].enter_context(children_end_too())
     if _watched or (marks := _marks(os.environ)) is None:
         return
     me, parent = Process(), os.getppid()
@@ -49,11 +52,10 @@ def end_with_launcher() -> None:
         # Init, which takes in what has lost its parent: torchrun was killed before this process could look.
         os._exit(1)
     _watched.append(launcher)
-    _held.enter_context(children_end_too())
     if marks == _TORCHRUN and launcher.pid == parent:
         _die_with_parent()
-        if os.getppid() != parent:
-            os._exit(1)
+    if os.getppid() != parent:
+        os._exit(1)
     threading.Thread(target=_watch, args=[launcher], name="launcher watch", daemon=True).start()
 
 

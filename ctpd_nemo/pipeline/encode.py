@@ -8,9 +8,11 @@ from omegaconf import DictConfig
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.encoded import use_encoded
+from ctpd_nemo.pipeline.preflight import check_outputs
 from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 
@@ -29,6 +31,7 @@ def encode(config: DictConfig) -> list[Path]:
     Raises:
         InputError: A value, file or tokenizer cannot be used.
     """
+    config.run_dir = str(output_folder("run_dir", config.run_dir))
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
     folders: list[Path] = []
@@ -44,9 +47,10 @@ def encode(config: DictConfig) -> list[Path]:
                 getattr(run.model, side).path = config.model[side].path
         method = METHODS.get(run.method.name)
         two_sided = run.method.two_sided(run.policy) if method is None else method.two_sided
-        data = RunData(run, ("chosen", "rejected"), two_sided)
         if run.data.encoded is None:
             raise InputError("data.encoded", "null", "auto, or a folder for the encoded datasets")
+        check_outputs(run)
+        data = RunData(run, ("chosen", "rejected"), two_sided)
         use_encoded(data)
         folders += [encoded.folder for encoded in data.encoded.values() if encoded.folder not in folders]
     logger.info("encoded: %s", ", ".join(map(str, folders)))

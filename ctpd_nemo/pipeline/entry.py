@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from ctpd_nemo.errors import InputError
@@ -91,6 +92,10 @@ def run(task: Task, config: DictConfig) -> None:
     except Stopped as stopped:
         logging.getLogger(__name__).info("%s", stopped.message)
         raise
+    except OmegaConfBaseException as error:
+        # A reference, ${...}, to what is not there is found where the value is read.
+        message = str(error.msg or error).splitlines()[0]
+        stop(InputError(str(error.full_key or "command line"), message, "a value"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is None and not full:

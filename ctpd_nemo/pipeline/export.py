@@ -12,6 +12,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.card import base_model, model_name, write_card
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
@@ -45,6 +46,10 @@ def export(config: ExportConfig) -> Path:
         InputError: One of the folders is missing or cannot be used, or a file of the checkpoint is damaged.
     """
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
+    # All of the checkpoint is read before the first byte is written.
+    new = output_folder("folder", folder)
+    if new.is_dir() and any(new.iterdir()):
+        raise InputError(folder, "something already there", "a folder that does not exist yet")
 
     def write() -> None:
         whole = resolve(checkpoint)

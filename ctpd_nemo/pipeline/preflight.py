@@ -47,12 +47,20 @@ def check_outputs(run: RunConfig) -> None:
     Raises:
         InputError: Names the key.
     """
-    if run.data.encoded is not None:
-        auto = run.data.encoded == "auto"
-        output_folder("data.encoded", Path(run.run_dir).parent / "encoded" if auto else run.data.encoded)
+    check_encoded(run.run_dir, run.data.encoded)
     if isinstance(run.method, ScoreConfig):
         run.method.check()
         output_folder("method.cache", run.method.cache)
+
+
+def check_encoded(run_dir: str, encoded: str | None) -> None:
+    """Look at the folder of encoded datasets, if a job has one.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    if encoded is not None:
+        output_folder("data.encoded", Path(run_dir).parent / "encoded" if encoded == "auto" else encoded)
 
 
 def method_of(run: RunConfig) -> Method:

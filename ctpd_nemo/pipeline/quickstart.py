@@ -11,9 +11,13 @@ from typing import Any
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.preferences import Evaluation, evaluate_folder
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.pipeline.preflight import check_encoded
+from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
 from ctpd_nemo.pipeline.tiny_world.build import build_tiny_world
 
@@ -41,7 +45,10 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
         ``peak_memory_gb`` of the largest process and ``export_dir`` of the CTPD student.
     """
     started = time.perf_counter()
-    folder = Path(config.run_dir)
+    folder = output_folder("run_dir", config.run_dir)
+    # The last stage of a pipeline has its folder below; that of a world is made first.
+    check_encoded(str(folder / "ctpd"), config.data.encoded)
+    _check_students(config)
     set_deterministic(bool(config.get("deterministic")))
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     if dist.get_rank() == 0:
@@ -56,6 +63,16 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
         print(f"\nreport: {folder / 'report.json'}")
     dist.barrier()
     return report
+
+
+def _check_students(config: DictConfig) -> None:
+    """Stop where a stage is left out whose student is to be compared."""
+    if config.get("only") is not None:
+        raise InputError("only", str(config.only), "null: the quickstart runs all stages, tools/pipeline.py some")
+    stages = {stage.name for stage in find_stages(config)}
+    for name in _STUDENTS.values():
+        if name not in stages:
+            raise InputError(f"stages.{name}", "null", "a stage: the quickstart compares its student with the others")
 
 
 def _with_world(config: DictConfig, world: Path) -> DictConfig:

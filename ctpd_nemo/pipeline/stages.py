@@ -112,8 +112,17 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
             results[stage.name] = _run_stage(stage, run, StageStatus(fingerprint, settings[stage.name]))
         elif done := _complete(stage, run, fingerprint):
             results[stage.name] = done
-        gc.collect()
+        let_go()
     return results
+
+
+def let_go() -> None:
+    """Free what a stage has held: its model is a circle of references, on a GPU until somebody looks.
+
+    A first pass leaves tensors behind that C++ has held until then.
+    """
+    for _ in range(2):
+        gc.collect()
 
 
 def _standing(config: DictConfig, stages: Sequence[Stage]) -> list[StandingStage]:
