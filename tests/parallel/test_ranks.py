@@ -153,5 +153,5 @@ def test_a_process_without_a_gpu_of_its_own_is_told_how_many_there_are(monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     check_device(Ranks(local_rank=0))
-    with pytest.raises(InputError, match="LOCAL_RANK: found 3, where 1 GPU is visible; .*--nproc-per-node 1"):
+    with pytest.raises(InputError, match=r"LOCAL_RANK: found 3, where 1 GPU is visible; .*--nproc-per-node 1"):
         check_device(Ranks(local_rank=3))

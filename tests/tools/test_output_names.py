@@ -151,7 +151,6 @@ def test_a_name_that_cannot_be_written_is_refused_in_one_line_before_any_work(
         OmegaConf.update(asked, key, name)
         with pytest.raises(InputError) as error:
             TOOLS[tool].run(asked)
-            pytest.fail(f"{why}: taken")
         assert error.value.place == key, why
         assert str(error.value).isprintable(), why
         assert len(str(error.value)) < 1500, why
@@ -177,8 +176,10 @@ def test_a_reference_that_hydra_has_left_is_no_name() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["a b", "a=b", "ü", "日本", "-rf", "con", "$HOME", "*", "a,b", "'", '"', "\\", "...", ".hidden", "a:b", "a::b"]
-    + ["x" * (255 - ADDED), "日" * ((255 - ADDED) // 3), 2024],
+    [
+        *("a b", "a=b", "ü", "日本", "-rf", "con", "$HOME", "*", "a,b", "'", '"', "\\", "...", ".hidden", "a:b", "a::b"),
+        *("x" * (255 - ADDED), "日" * ((255 - ADDED) // 3), 2024),
+    ],
 )
 def test_an_odd_name_is_taken_as_it_is_and_has_room_for_all_that_is_added(name: str | int, here: Path) -> None:
     folder = output_folder("run_dir", name)
