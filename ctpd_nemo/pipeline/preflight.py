@@ -1,9 +1,14 @@
 """What a job will need, looked at before it begins: what it finds missing later costs all that was done until then."""
 
+import contextlib
 import math
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.layout import hf_tensor_shapes
@@ -19,12 +24,15 @@ from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.scorer import ScoreConfig
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.output_paths import output_folder
+from ctpd_nemo.parallel.agreement import first_reason
 from ctpd_nemo.parallel.ranks import world_size
 from ctpd_nemo.pipeline.score_cache import read_manifest
 from ctpd_nemo.pipeline.wandb_run import check_wandb
 
 # Of a parameter in a checkpoint: its weight and two moments in fp32.
 CHECKPOINT_BYTES = 12
+# As long as clients of NFS believe, as they are usually set up, that what was not there is not.
+_SIGHT_SECONDS = 60.0
 
 
 def check_job(run: RunConfig) -> None:
@@ -177,6 +185,34 @@ def check_room(run_dir: str | Path, needed: int) -> None:
     if disk.total and disk.free < needed:
         found = f"{disk.free / 1e9:,.3f} GB free on the disk of {run_dir}"
         raise InputError("run_dir", found, f"{needed / 1e9:,.3f} GB, for the last checkpoint of each model at least")
+
+
+def check_shared(key: str, folder: Path) -> None:
+    """Stop where a node does not see the folder that rank 0 has made; every rank calls it together.
+
+    What ranks write on disks of their own would be missed when all of it is put together.
+
+    Raises:
+        InputError: Names a rank that does not see it.
+    """
+    if dist.get_world_size() == 1:
+        return
+    seen = _comes_into_sight(folder.absolute())
+    if (unseen := first_reason(None if seen else f"rank {dist.get_rank()} on {socket.gethostname()}")) is not None:
+        raise InputError(key, f"{folder}, which is not there for {unseen}", "a folder that all nodes share")
+
+
+def _comes_into_sight(folder: Path) -> bool:
+    """Whether a folder is there, or will be once a client of a network's file system has looked anew."""
+    until = time.monotonic() + _SIGHT_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            return False
+        # To list what is above has the client look; a name that it has once missed it may miss for a while.
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)
+        time.sleep(1.0)
+    return True
 
 
 def _check_best_by(run: RunConfig, method: Method) -> None:

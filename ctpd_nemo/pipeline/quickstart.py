@@ -5,6 +5,7 @@ import logging
 import resource
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from ctpd_nemo.evaluation.preferences import Evaluation, evaluate_folder
 from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.pipeline.config import typed
 from ctpd_nemo.pipeline.preflight import check_encoded
 from ctpd_nemo.pipeline.recipe import find_stages
-from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
+from ctpd_nemo.pipeline.stages import StageResult, run_pipeline, settings_of_stages
 from ctpd_nemo.pipeline.tiny_world.build import build_tiny_world
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,14 @@ _COLUMNS = {
     "log p(chosen)": "chosen_logprob",
     "answer accuracy": "answer_accuracy",
 }
+
+
+@dataclass
+class WorldConfig:
+    """The tiny world, see :func:`ctpd_nemo.pipeline.tiny_world.build.build_tiny_world`."""
+
+    n_train: int = 2400
+    n_test: int = 300
 
 
 def quickstart(config: DictConfig) -> dict[str, Any]:
@@ -49,12 +59,16 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
     # The last stage of a pipeline has its folder below; that of a world is made first.
     check_encoded(str(folder / "ctpd"), config.data.encoded)
     _check_students(config)
+    world = typed(WorldConfig, config.world, "world")
+    whole = _with_world(config, folder / "world")
+    # Every value has its type before a world is made.
+    settings_of_stages(whole, [stage.name for stage in find_stages(whole)])
     set_deterministic(bool(config.get("deterministic")))
-    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
+    initialize(ParallelConfig(timeout_minutes=typed(ParallelConfig, config.parallel, "parallel").timeout_minutes))
     if dist.get_rank() == 0:
-        build_tiny_world(folder / "world", **config.world, seed=config.seed)
+        build_tiny_world(folder / "world", **vars(world), seed=config.seed)
     dist.barrier()
-    results = run_pipeline(_with_world(config, folder / "world"))
+    results = run_pipeline(whole)
     report: dict[str, Any] = {}
     if dist.get_rank() == 0:
         report = _report(results, folder / "world" / "test.jsonl", started)

@@ -34,7 +34,7 @@ from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
 from ctpd_nemo.pipeline.origin import write_record
-from ctpd_nemo.pipeline.preflight import check_job, check_models, model_folders, open_data
+from ctpd_nemo.pipeline.preflight import check_job, check_models, check_shared, model_folders, open_data
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
 from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKWriter
@@ -66,6 +66,7 @@ def score(run: RunConfig) -> Path:
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
     top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
     on_rank_0(writer.begin)
+    check_shared("method.cache", cache)
     if top_k is not None:
         on_rank_0(top_k.begin)
     use_encoded(data)

@@ -34,6 +34,7 @@ from ctpd_nemo.pipeline.preflight import (
     check_job,
     check_models,
     check_room,
+    check_shared,
     checkpoint_bytes,
     method_of,
     model_folders,
@@ -95,6 +96,8 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
     if done_steps < data.total_steps:
         on_rank_0(lambda: check_room(folder, checkpoint_bytes(data.policy_path)))
+    on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    check_shared("run_dir", folder)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     # Without a checkpoint, that the names in resume.allow are some.

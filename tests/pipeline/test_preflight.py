@@ -11,7 +11,8 @@ import pytest
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline import preflight, quiet
 from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.preflight import checkpoint_bytes
+from ctpd_nemo.pipeline.encode import encode
+from ctpd_nemo.pipeline.preflight import check_shared, checkpoint_bytes
 from ctpd_nemo.pipeline.quickstart import quickstart
 from ctpd_nemo.pipeline.stage_status import STATUS, StageStatus, write_status
 from ctpd_nemo.pipeline.stages import run_pipeline
@@ -167,6 +168,43 @@ def test_the_quickstart_needs_the_students_that_it_compares(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("seed=abc", "seed"),
+        ("parallel.timeout_minutes=abc", "parallel.timeout_minutes"),
+        ("stages.ctpd.method.beta=-1", "method.beta"),
+        ("+world.n_trian=3", "world.n_trian"),
+        ("world.n_train=abc", "world.n_train"),
+        ("only=ctpd", "only"),
+        ("only=5", "only"),
+    ],
+)
+@pytest.mark.parametrize("tool", [quickstart, run_pipeline, encode])
+def test_a_value_of_another_type_is_told_before_anything_is_made(
+    tool: Callable[[Any], Any], override: str, place: str, world: TinyWorld, no_model: None, tmp_path: Path
+) -> None:
+    if "world" in override and tool is not quickstart:
+        return
+    models = [] if tool is quickstart else recipe(world, tmp_path / "run")
+    with pytest.raises(InputError) as error:
+        tool(composed(tool.__name__.removeprefix("run_"), [*models, f"run_dir={tmp_path / 'run'}", override]))
+    assert error.value.place.endswith(place)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_another_node_does_not_see_is_told_with_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(preflight.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(preflight, "first_reason", lambda reason: reason)
+    monkeypatch.setattr(preflight, "_SIGHT_SECONDS", 0.0)
+    check_shared("run_dir", tmp_path)
+    with pytest.raises(InputError, match=r"^run_dir: found .*, which is not there for rank 1 on .*; expected .* share"):
+        check_shared("run_dir", tmp_path / "of rank 0 alone")
+
+
 @pytest.mark.parametrize("override", ["batch_size=0", "max_new_tokens=0", "seed=-1"])
 def test_a_table_is_not_begun_whose_students_cannot_be_evaluated(override: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"^evaluation\.{override.partition('=')[0]}: found"):
@@ -218,9 +256,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_told_before_there_is_a_model(
     assert "last checkpoint" in error.value.expected
 
 
-def test_a_job_that_is_done_needs_no_room(
-    world: TinyWorld, trained: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_is_done_needs_no_room(world: TinyWorld, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: Disk(10**9, 10**9, 0))
     assert run(world, trained).name == "step-00000001"
     assert len((trained / "metrics.jsonl").read_text().splitlines()) == 1

@@ -1,7 +1,7 @@
 """Weights & Biases: what it lacks is told in one line before there is a model, and nobody is asked for anything."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +61,28 @@ def asks_for(project: bool | str) -> RunConfig:
     return RunConfig(method=None, trainer=TrainerConfig(wandb=project))
 
 
-@pytest.mark.parametrize("tool", ["train", "score", "pipeline", "the last stage of a pipeline"])
+def _train(world: TinyWorld, run_dir: Path) -> None:
+    train(run_config(composed("train", small_job(world, run_dir, "sft", "trainer.wandb=true"))))
+
+
+def _score(world: TinyWorld, run_dir: Path) -> None:
+    models = [f"model.student.path={world.student}", f"model.teacher.path={world.teacher}"]
+    method = [f"method.cache={run_dir / 'cache'}", f"method.reference={world.teacher}"]
+    data = [f"data.train=[{world.train}]", f"run_dir={run_dir}", "trainer.wandb=true"]
+    score(run_config(composed("score", [*models, *method, *data, *SMALL_BATCHES])))
+
+
+def _last_stage(world: TinyWorld, run_dir: Path) -> None:
+    run_pipeline(composed("pipeline", [*recipe(world, run_dir), "+stages.ctpd.trainer.wandb=true"]))
+
+
+@pytest.mark.parametrize("job", [_train, _score, _last_stage])
 def test_without_a_key_a_job_is_refused_before_there_is_a_model(
-    tool: str, world: TinyWorld, no_model: None, tmp_path: Path
+    job: Callable[[TinyWorld, Path], None], world: TinyWorld, no_model: None, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     with pytest.raises(InputError) as error:
-        if tool == "train":
-            train(run_config(composed("train", small_job(world, run_dir, "sft", "trainer.wandb=true"))))
-        elif tool == "score":
-            models = [f"model.student.path={world.student}", f"model.teacher.path={world.teacher}"]
-            method = [f"method.cache={tmp_path / 'cache'}", f"method.reference={world.teacher}"]
-            data = [f"data.train=[{world.train}]", f"run_dir={run_dir}", "trainer.wandb=true"]
-            score(run_config(composed("score", [*models, *method, *data, *SMALL_BATCHES])))
-        else:
-            whole = "trainer.wandb=true" if tool == "pipeline" else "+stages.ctpd.trainer.wandb=true"
-            run_pipeline(composed("pipeline", [*recipe(world, run_dir), whole]))
+        job(world, run_dir)
     assert error.value.place == "trainer.wandb"
     assert str(error.value).isprintable()
     assert "WANDB_MODE=offline" in str(error.value)
