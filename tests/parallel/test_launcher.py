@@ -190,6 +190,25 @@ def test_ranks_and_what_they_forked_end_when_torchrun_is_killed(tmp_path: Path) 
         _until(lambda: all(_ended(rank) for rank in ranks.values()))
 
 
+_LAUNCHER = """
+import os, subprocess, sys
+marks = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"]
+ranks = [{"RANK": str(n), mark: str(n)} for n, mark in enumerate(marks)]
+started = [subprocess.Popen(sys.argv[1:], env={**os.environ, **rank}) for rank in ranks]
+[process.wait() for process in started]
+"""
+
+
+def test_ranks_end_when_another_launcher_is_killed(tmp_path: Path) -> None:
+    """One that says which process is which as Open MPI does, as PMIx or PMI do, or as Slurm does."""
+    names = [f"{kind}-{rank}" for rank in range(4) for kind in ("rank", "child")]
+    command = [sys.executable, "-c", _LAUNCHER, sys.executable, str(_RANK), str(tmp_path)]
+    with _started(command, tmp_path, names) as (process, ranks):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        _until(lambda: all(_ended(rank) for rank in ranks.values()))
+
+
 def test_a_job_that_was_started_by_hand_outlives_its_shell(tmp_path: Path) -> None:
     """Also as a rank by hand, whose variables no launcher has given."""
     ranks = "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1"
