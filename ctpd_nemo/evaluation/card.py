@@ -61,7 +61,7 @@ def write_card(folder: str | Path, record: Mapping[str, Any] | None = None, name
     folder = Path(folder)
     name = plain(name or model_name(folder))
     if record is None:
-        record = _read_record(folder / RECORD)
+        record = read_record(folder / RECORD)
     else:
         bases = {side: asdict(base) for side, base in _bases(record).items()}
         record = {**record, "bases": bases, "versions": {name: _version(name) for name in _VERSIONS}}
@@ -290,8 +290,12 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     return evaluation
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """``ctpd_nemo.json`` of a folder, or an empty object where there is none."""
+def read_record(path: Path) -> dict[str, Any]:
+    """``ctpd_nemo.json`` of a folder, or an empty object where there is none.
+
+    Raises:
+        InputError: It is not what an export writes.
+    """
     record = read_json(path)
     parts = {name: record.get(name) for name in ("config", "fingerprints", "bases", "versions")}
     config = parts["config"] if isinstance(parts["config"], dict) else {}

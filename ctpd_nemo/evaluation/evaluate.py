@@ -2,14 +2,17 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.evaluation.card import EVALUATION, read_evaluation, write_card
-from ctpd_nemo.evaluation.harness import known_tasks, run_harness
+from ctpd_nemo.evaluation.card import EVALUATION, RECORD, read_evaluation, read_record, write_card
+from ctpd_nemo.evaluation.harness import known_tasks, prepare_tasks, run_harness
+from ctpd_nemo.evaluation.model import check_place, check_runs_no_code, chosen_device
 from ctpd_nemo.evaluation.preferences import evaluate_folder
+from ctpd_nemo.output_paths import written_folder
 from ctpd_nemo.text_files import replace_text
 
 
@@ -70,7 +73,7 @@ class EvaluateConfig:
         tasks: Benchmarks.
         pairs: Held-out pairs.
         batch_size: Sequences a forward pass.
-        device: As torch names it.
+        device: As torch names it; ``auto``, or null, is a GPU where there is one.
         dtype: As torch names it; ``auto`` keeps that of the stored weights.
         seed: Of sampled responses, and of the choice of examples.
     """
@@ -79,7 +82,7 @@ class EvaluateConfig:
     tasks: TasksConfig = field(default_factory=TasksConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     batch_size: int = 8
-    device: str = "cpu"
+    device: str | None = "auto"
     dtype: str = "auto"
     seed: int = 1234
 
@@ -107,26 +110,44 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Evaluate, and keep what an earlier evaluation of the folder found on other tasks.
 
     Raises:
-        InputError: A value, folder or file cannot be used.
+        InputError: A value, folder or file cannot be used, or nothing is asked for.
     """
     if not config.folder or not Path(config.folder).is_dir():
         raise InputError("folder", repr(config.folder), "an exported Hugging Face folder")
     config.check()
     folder = Path(config.folder)
-    common: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
-    # What cannot be kept is to be known before the work.
-    found = read_evaluation(folder)
+    names = known_tasks() if config.tasks.names is None else config.tasks.names
+    if not names and not config.pairs.file:
+        expected = "one of them: pairs.file=PAIRS, or tasks.names=[...] of " + ", ".join(known_tasks())
+        raise InputError("pairs.file, tasks.names", "neither held-out pairs nor benchmarks", expected)
+    common: dict[str, Any] = {"device": chosen_device(config.device), "dtype": config.dtype}
+    found = _look(config, folder, common)
+    prepared = prepare_tasks(names, data=config.tasks.data, num_fewshot=config.tasks.num_fewshot) if names else {}
     if config.pairs.file:
         pairs = vars(config.pairs).copy()
         file = pairs.pop("file")
         scores = evaluate_folder(folder, file, **pairs, **common, batch_size=config.batch_size, sample_seed=config.seed)
         found = _keep(folder, {"preferences": scores.as_dict()})
-    names = known_tasks() if config.tasks.names is None else config.tasks.names
     if names:
         tasks = {key: value for key, value in vars(config.tasks).items() if key != "names"}
-        results = run_harness(folder, names, **tasks, **common, batch_size=config.batch_size, seed=config.seed)
+        more: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "prepared": prepared}
+        results = run_harness(folder, names, **tasks, **common, **more)
         found = _keep(folder, {"tasks": results})
     write_card(folder)
+    return found
+
+
+def _look(config: EvaluateConfig, folder: Path, place: Mapping[str, Any]) -> dict[str, Any]:
+    """Look at the folders before the work begins, and whether results can be kept; those that are there."""
+    written_folder("folder", folder)
+    found = read_evaluation(folder)
+    read_record(folder / RECORD)
+    check_place(**place)
+    reference = config.pairs.reference if config.pairs.file else None
+    for path in (folder, *([Path(reference)] if reference else [])):
+        check_runs_no_code(path)
+        if not any(path.glob("*.safetensors")):
+            raise InputError(str(path), "no model (no weights as safetensors)", "a Hugging Face folder of a model")
     return found
 
 

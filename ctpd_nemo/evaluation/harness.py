@@ -6,8 +6,9 @@ instead of their datasets, and nothing is asked of a network.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from ctpd_nemo.evaluation.local_rows import Fields, read_local_rows
 from ctpd_nemo.evaluation.model import load_model
 
 logger = logging.getLogger(__name__)
+
+Prepared = dict[str, tuple[dict[str, Any], Any]]
+"""For each task what this project says of it, and what the harness is asked to run."""
 
 _TASKS = Path(__file__).parent / "tasks"
 _LOCAL = "local"
@@ -37,10 +41,11 @@ def run_harness(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    device: str = "cpu",
+    device: str | None = "auto",
     dtype: str = "auto",
     max_length: int | None = None,
     seed: int = 1234,
+    prepared: Prepared | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a Hugging Face folder on benchmarks; no code of the folder is run.
 
@@ -51,10 +56,11 @@ def run_harness(
         num_fewshot: Examples before each question; ``None`` for each task's number on the leaderboard.
         limit: Only the first so many questions of a task; of each subject for ``mmlu``.
         batch_size: Sequences a forward pass.
-        device: As ``torch`` names it.
+        device: As ``torch`` names it; ``auto`` is a GPU where there is one.
         dtype: As ``torch`` names it; ``auto`` keeps that of the stored weights.
         max_length: Longest sequence in tokens; ``None`` for the model's own. Longer ones lose their beginning.
         seed: Of the choice of examples.
+        prepared: What :func:`prepare_tasks` has made of ``tasks``, where it was called before.
 
     Returns:
         For each task ``metric``, ``value``, ``standard_error`` (of the harness; ``None`` where it gives none), ``n``
@@ -64,10 +70,8 @@ def run_harness(
         InputError: The harness is not installed, a task is not known, rows cannot be used, or datasets are out of
             reach; the folder holds no usable model, or other weights than its config describes.
     """
-    lm_eval = _harness()
-    specs = {name: _spec(name, num_fewshot) for name in tasks}
-    # Rows are read before the model: bad ones are to be known at once.
-    asked: dict[str, Any] = {name: _task(spec, data) for name, spec in specs.items()}
+    prepared = prepared or prepare_tasks(tasks, data=data, num_fewshot=num_fewshot)
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     from ctpd_nemo.data.tokenizer_folder import load_tokenizer
@@ -78,23 +82,52 @@ def run_harness(
         pretrained=load_model(folder, device, dtype), tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
     )
     found = {}
-    for name, spec in specs.items():
+    for name, (spec, asked) in prepared.items():
         logger.info("%-15s %d examples before each question", name, spec["num_fewshot"])
-        try:
+        with _reaching(name, data):
             results = lm_eval.simple_evaluate(
                 model=model,
-                tasks=[asked[name]],
+                tasks=[asked],
                 num_fewshot=spec["num_fewshot"],
                 limit=limit,
                 fewshot_random_seed=seed,
                 log_samples=False,
             )
-        except OSError as error:
-            # Of the Hub, or of a cache of it.
-            said = " ".join(str(error).split())[:300]
-            raise InputError("tasks.data", f"{data or 'null'}, and no data of {name} ({said})", _DATA) from error
         found[name] = _result(spec, results, data, lm_eval.__version__) | {"limit": limit}
     return found
+
+
+def prepare_tasks(tasks: Sequence[str], *, data: str | Path | None = None, num_fewshot: int | None = None) -> Prepared:
+    """Find or read all that benchmarks need beside a model, before there is one; datasets of the Hub stay in its cache.
+
+    Args:
+        tasks: Of :func:`known_tasks`.
+        data: As of :func:`run_harness`.
+        num_fewshot: Likewise.
+
+    Raises:
+        InputError: As of :func:`run_harness`.
+    """
+    specs = {name: _spec(name, num_fewshot) for name in tasks}
+    _harness()
+    asked = {name: (spec, _task(spec, data)) for name, spec in specs.items()}
+    if data is None:
+        from lm_eval.tasks import get_task_dict
+
+        for name, (_, task) in asked.items():
+            with _reaching(name, data):
+                get_task_dict([task])
+    return asked
+
+
+@contextlib.contextmanager
+def _reaching(name: str, data: str | Path | None) -> Iterator[None]:
+    """Errors of the Hub, or of a cache of it, as what they are to a user."""
+    try:
+        yield
+    except OSError as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError("tasks.data", f"{data or 'null'}, and no data of {name} ({said})", _DATA) from error
 
 
 def is_leaderboards(name: str, result: Mapping[str, Any]) -> bool:

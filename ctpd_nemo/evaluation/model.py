@@ -48,8 +48,10 @@ def positions(folder: str | Path) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else None
 
 
-def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalModel:
+def load_model(folder: str | Path, device: str | None = "auto", dtype: str = "auto") -> CausalModel:
     """The model of a folder, in evaluation mode; ``auto`` keeps the dtype that its weights are stored in.
+
+    Its device is what :func:`chosen_device` makes of ``device``.
 
     A model that is broken stops with its first forward pass: of logits that are no numbers, all that is made later is
     none either, or worse, looks like one.
@@ -62,7 +64,8 @@ def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalMo
     from transformers import AutoModelForCausalLM
 
     check_runs_no_code(folder)
-    _check_place(device, dtype)
+    device = chosen_device(device)
+    check_place(device, dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, **LOADING
@@ -87,7 +90,21 @@ def load_model(folder: str | Path, device: str, dtype: str = "auto") -> CausalMo
     return model.to(device).eval()
 
 
-def _check_place(device: str, dtype: str) -> None:
+def chosen_device(device: str | None) -> str:
+    """The device that a config names; for ``auto``, or nothing, a GPU where there is one, else the CPU."""
+    import torch
+
+    if device not in (None, "auto"):
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Stop where a model cannot be put there, or not in these numbers.
+
+    Raises:
+        InputError: There is no such device or dtype.
+    """
     import torch
 
     kind = getattr(torch, dtype, None)

@@ -109,7 +109,7 @@ def evaluate_folder(
     max_length: int = 2048,
     include_eos: bool = True,
     chat_template: str | Path | None = None,
-    device: str = "cpu",
+    device: str | None = "auto",
     limit: int | None = None,
     sample_seed: int | None = None,
     beta: float = 0.1,
@@ -134,7 +134,7 @@ def evaluate_folder(
             responses are cut, as in training.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or the path of one, for both folders; by default each tokenizer's own.
-        device: As ``torch`` names it.
+        device: As ``torch`` names it; ``auto`` is a GPU where there is one.
         limit: Only the first so many pairs.
         sample_seed: Also answer by sampling, from this seed; ``None`` for greedy answers alone.
         beta: Of the implicit reward whose calibration is measured.

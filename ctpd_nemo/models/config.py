@@ -1,11 +1,11 @@
 """The configuration of a run, typed; each part is defined beside what it configures."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 from ctpd_nemo.data.config import DataConfig
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.determinism import check_environment
 from ctpd_nemo.parallel.layout import ParallelConfig
 from ctpd_nemo.parallel.optimizer import OptimConfig
@@ -81,8 +81,6 @@ class TrainerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"trainer.{name}", str(value), f"{least} or more")
-        if self.wandb and find_spec("wandb") is None:
-            raise InputError("trainer.wandb", "no package wandb", 'it: pip install -e ".[wandb]"')
         if not self.best_by.startswith("val_"):
             raise InputError("trainer.best_by", repr(self.best_by), "a metric of the held-out pairs, such as val_loss")
 
@@ -131,8 +129,7 @@ class RunConfig:
 
         What goes with the data is checked where it is opened.
         """
-        if not self.run_dir or "\0" in self.run_dir:
-            raise InputError("run_dir", repr(self.run_dir), "a folder to write to")
+        output_folder("run_dir", self.run_dir)
         if not 0 <= self.seed < 2**32:
             raise InputError("seed", str(self.seed), "0 to 4294967295, what every library takes")
         if self.deterministic:

@@ -7,10 +7,12 @@ import os
 import threading
 from collections.abc import Iterator
 
+_LOOK_SECONDS = 1.0
+
 
 def end_with_parent() -> None:
     """Called in a process that ``multiprocessing`` started: end it as soon as its parent is gone, killed or not."""
-    threading.Thread(target=_watch, daemon=True).start()
+    threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -32,8 +34,10 @@ class _Registered:
     pass
 
 
-def _watch() -> None:
+def _watch(started_by: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
+    # Forks that came later hold the other end of the pipe that tells of the parent's end, until they end themselves.
+    while parent.is_alive() and os.getppid() == started_by:
+        parent.join(_LOOK_SECONDS)
     os._exit(1)

@@ -13,6 +13,8 @@ from megatron.core import parallel_state, tensor_parallel
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.cpu import enable_cpu_execution
 from ctpd_nemo.parallel.hang import GRACE_MINUTES
+from ctpd_nemo.parallel.launcher import end_with_launcher
+from ctpd_nemo.parallel.ranks import check_device, name_rank, read_ranks, world_size
 from ctpd_nemo.parallel.standstill import record_collectives
 
 # A year: NCCL counts milliseconds.
@@ -99,11 +101,6 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def world_size() -> int:
-    """Processes of the job: what ``torchrun`` says, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 # The sizes that Megatron's groups were made with; like those groups, one for the process.
 _current: dict[str, dict[str, Any]] = {}
 
@@ -132,9 +129,13 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
     layout replaces Megatron's, so that stages of different layouts follow each other in one job.
 
     Raises:
-        InputError: The sizes cannot make a layout of the processes there are.
+        InputError: The sizes cannot make a layout of the processes there are, or these cannot find each other.
     """
     parallel.check(world_size())
+    ranks = read_ranks()
+    check_device(ranks)
+    end_with_launcher()
+    name_rank()
     on_cpu = enable_cpu_execution()
     minutes = parallel.timeout_minutes + GRACE_MINUTES
     if not dist.is_initialized():
@@ -143,7 +144,7 @@ def initialize(parallel: ParallelConfig, seed: int = 0) -> None:
         backend = "gloo" if on_cpu else "nccl"
         if not on_cpu:
             torch.cuda.set_device(local_device())
-        if "WORLD_SIZE" in os.environ:
+        if ranks.launched:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -12,10 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.transformer import MegatronModule
 
 from ctpd_nemo.parallel import checkpoint as checkpoints
-from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, reading
+from ctpd_nemo.parallel.checkpoint_reader import reading
 from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize, local_device
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
+from ctpd_nemo.parallel.ranks import JobEnvironment
 
 
 class MegatronLightningModule(Protocol):
@@ -25,9 +26,6 @@ class MegatronLightningModule(Protocol):
 
     def fingerprints(self) -> dict[str, str]:
         """What the run depends on, by name; written into checkpoints and compared on resume."""
-
-    def check_fingerprints(self, saved: dict[str, str]) -> None:
-        """Raise an ``InputError`` where a checkpoint belongs to another run."""
 
 
 class MegatronStrategy(DDPStrategy):
@@ -50,6 +48,7 @@ class MegatronStrategy(DDPStrategy):
             parallel_devices=[
                 torch.device(device.type, i) if device.type == "cuda" else device for i in range(devices)
             ],
+            cluster_environment=JobEnvironment(),
         )
         self.parallel = parallel
         self.seed = seed
@@ -76,6 +75,12 @@ class MegatronStrategy(DDPStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def teardown(self) -> None:
+        """Close what is open. Lightning would also copy the model to the host: on every rank, and for nobody."""
+        for part in (self.cluster_environment, self.precision_plugin, self.accelerator, self.checkpoint_io):
+            if part is not None:
+                part.teardown()
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -105,11 +110,11 @@ class MegatronStrategy(DDPStrategy):
         checkpoints.save(filepath, module.chunks, self._optimizer(), state, self.writer)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
-        """Read a distributed checkpoint folder into the module and its optimizer; returns Lightning's part."""
-        module = self._module()
-        checkpoint = CheckpointReader(checkpoint_path)
-        module.check_fingerprints(checkpoint.train_state().fingerprints)
-        state = checkpoints.load(checkpoint, module.chunks, self._optimizer())
+        """Read a distributed checkpoint folder into the module and its optimizer; returns Lightning's part.
+
+        That it belongs to the run is looked at before there is a model, see ``MegatronModel.check_fingerprints``.
+        """
+        state = checkpoints.load(checkpoint_path, self._module().chunks, self._optimizer())
         # The loader gives the steps that are left. Lightning is to count them from 0: counting on, it would take the
         # run's first part for an epoch that ends with the next step, and begin the loader anew.
         with reading(checkpoint_path):

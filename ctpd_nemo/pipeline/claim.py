@@ -2,11 +2,14 @@
 
 import errno
 import fcntl
+import os
 from pathlib import Path
 from typing import IO
 
 from ctpd_nemo.errors import InputError
 
+# Where srun or mpirun has started several processes, each by itself.
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # Open files whose locks say that this process is at work in a folder.
 _claims: dict[Path, IO[str]] = {}
 
@@ -40,6 +43,8 @@ def claim(folder: Path) -> None:
         lock.close()
         if error.errno in (errno.EACCES, errno.EAGAIN):
             expected = f"a run_dir of its own for each (the other one has locked {path})"
+            if any(os.environ.get(name, "1") not in ("", "1") for name in _TASKS) and "WORLD_SIZE" not in os.environ:
+                expected += "; or torchrun, which makes one job of several processes"
             raise InputError(str(folder), "another job at work in it", expected) from error
         # A file system without locks: nobody can tell.
         return

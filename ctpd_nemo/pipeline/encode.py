@@ -6,12 +6,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
-from ctpd_nemo.models.methods import METHODS
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.hang import watch_for_hangs
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
+from ctpd_nemo.pipeline.config import typed
 from ctpd_nemo.pipeline.encoded import use_encoded
-from ctpd_nemo.pipeline.recipe import find_stages
+from ctpd_nemo.pipeline.preflight import check_outputs, is_two_sided
+from ctpd_nemo.pipeline.recipe import Stage, find_stages
+from ctpd_nemo.pipeline.stage_checks import is_asked_for
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 
 logger = logging.getLogger(__name__)
@@ -29,26 +33,31 @@ def encode(config: DictConfig) -> list[Path]:
     Raises:
         InputError: A value, file or tokenizer cannot be used.
     """
-    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
-    watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
-    folders: list[Path] = []
-    for stage in find_stages(config):
-        if not (config.only is None or stage.name in config.only):
-            continue
-        sources = stage.builds_on(config).values()
-        before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
-        run = stage_config(config, stage, before)
-        for side in ("student", "teacher"):
-            # A model that an earlier stage trains reads as the one it began with.
-            if f"model.{side}.path" in stage.inputs:
-                getattr(run.model, side).path = config.model[side].path
-        method = METHODS.get(run.method.name)
-        two_sided = run.method.two_sided(run.policy) if method is None else method.two_sided
-        data = RunData(run, ("chosen", "rejected"), two_sided)
+    config.run_dir = str(output_folder("run_dir", config.run_dir))
+    minutes = typed(ParallelConfig, config.parallel, "parallel").timeout_minutes
+    runs = [_run_of(config, stage) for stage in find_stages(config) if is_asked_for(config, stage)]
+    for run in runs:
         if run.data.encoded is None:
             raise InputError("data.encoded", "null", "auto, or a folder for the encoded datasets")
+        check_outputs(run)
+    initialize(ParallelConfig(timeout_minutes=minutes))
+    watch_for_hangs(Path(config.run_dir), minutes)
+    folders: list[Path] = []
+    for run in runs:
+        data = RunData(run, ("chosen", "rejected"), is_two_sided(run))
         data.warn_of_choices()
         use_encoded(data)
         folders += [encoded.folder for encoded in data.encoded.values() if encoded.folder not in folders]
     logger.info("encoded: %s", ", ".join(map(str, folders)))
     return folders
+
+
+def _run_of(config: DictConfig, stage: Stage) -> RunConfig:
+    """The config of a stage whose models read as those that the first stages begin with."""
+    sources = stage.builds_on(config).values()
+    before = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
+    run = stage_config(config, stage, before)
+    for side in ("student", "teacher"):
+        if f"model.{side}.path" in stage.inputs:
+            getattr(run.model, side).path = config.model[side].path
+    return run

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parallel.launcher import end_with_launcher
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.stopping import TERMINATED, Stopped, stop_at_once
 
@@ -48,6 +50,7 @@ def tool(config_name: str) -> Callable[[Task], Callable[[], None]]:
         @functools.wraps(task)
         def main() -> None:
             stop_at_once(0 if config_name in _GO_ON else TERMINATED)
+            end_with_launcher()
             quiet.before_imports()
             # Before Blackwell, what overlaps with communication needs kernels to start in the order they were queued in
             # (Megatron-Core); CUDA reads it once.
@@ -89,6 +92,10 @@ def run(task: Task, config: DictConfig) -> None:
     except Stopped as stopped:
         logging.getLogger(__name__).info("%s", stopped.message)
         raise
+    except OmegaConfBaseException as error:
+        # A reference, ${...}, to what is not there is found where the value is read.
+        message = str(error.msg or error).splitlines()[0]
+        stop(InputError(str(error.full_key or "command line"), message, "a value"))
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is None and not full:

@@ -15,6 +15,7 @@ from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import SideConfig
 from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.probe import Probe
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.checkpoint_files import check_is_checkpoint, resolve
 from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
@@ -59,6 +60,10 @@ def export(config: ExportConfig) -> Path:
             run was trained with is not there any more, or the export reads, stops or computes otherwise.
     """
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
+    # All of the checkpoint is read before the first byte is written.
+    new = output_folder("folder", folder)
+    if new.is_dir() and any(new.iterdir()):
+        raise InputError(folder, "something already there", "a folder that does not exist yet")
 
     def write() -> None:
         whole = resolve(checkpoint)

@@ -46,13 +46,16 @@ class Origin:
     overrides: list[str]
 
 
-def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0) -> None:
+def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0) -> dict[str, Any]:
     """Write down what this start of a job is; rank 0 does it, when the job begins its work.
 
     Args:
         run: The configuration.
         fingerprints: Of the data, tokenizers, templates, weights and scores that it reads.
         step: From which it goes on.
+
+    Returns:
+        What ``starts.jsonl`` has of it, for ``restore_record``.
 
     Raises:
         OSError: It cannot be written.
@@ -69,12 +72,32 @@ def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0)
         "origin": None if origin is None else asdict(origin),
         "config": config,
     }
-    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    if origin is not None:
-        write_whole(folder / FILE, json.dumps(asdict(origin), indent=2) + "\n")
+    _write_values(folder, start)
     if run.from_run is not None and step == 0:
         _compare(Path(run.from_run), folder, start)
     _append(folder / STARTS, start)
+    return start
+
+
+def restore_record(folder: Path, start: Mapping[str, Any]) -> None:
+    """Write what is no longer there of the record of a job that is at work.
+
+    Args:
+        folder: The run folder.
+        start: What ``write_record`` has returned.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    _write_values(folder, start)
+    if not (folder / STARTS).is_file():
+        _append(folder / STARTS, start)
+
+
+def _write_values(folder: Path, start: Mapping[str, Any]) -> None:
+    write_whole(folder / CONFIG, json.dumps(start["config"], indent=2) + "\n")
+    if start["origin"] is not None:
+        write_whole(folder / FILE, json.dumps(start["origin"], indent=2) + "\n")
 
 
 def read_origin(folder: Path) -> Origin | None:

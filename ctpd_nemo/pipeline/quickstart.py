@@ -5,16 +5,22 @@ import logging
 import resource
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.preferences import Evaluation, evaluate_folder
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
-from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
+from ctpd_nemo.pipeline.config import typed
+from ctpd_nemo.pipeline.preflight import check_encoded
+from ctpd_nemo.pipeline.recipe import find_stages
+from ctpd_nemo.pipeline.stages import StageResult, run_pipeline, settings_of_stages
 from ctpd_nemo.pipeline.tiny_world.build import build_tiny_world
 
 logger = logging.getLogger(__name__)
@@ -30,6 +36,14 @@ _COLUMNS = {
 }
 
 
+@dataclass
+class WorldConfig:
+    """The tiny world, see :func:`ctpd_nemo.pipeline.tiny_world.build.build_tiny_world`."""
+
+    n_train: int = 2400
+    n_test: int = 300
+
+
 def quickstart(config: DictConfig) -> dict[str, Any]:
     """Run the recipe in a tiny world and write ``report.json`` into the run folder.
 
@@ -41,13 +55,20 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
         ``peak_memory_gb`` of the largest process and ``export_dir`` of the CTPD student.
     """
     started = time.perf_counter()
-    folder = Path(config.run_dir)
+    folder = output_folder("run_dir", config.run_dir)
+    # The last stage of a pipeline has its folder below; that of a world is made first.
+    check_encoded(str(folder / "ctpd"), config.data.encoded)
+    _check_students(config)
+    world = typed(WorldConfig, config.world, "world")
+    whole = _with_world(config, folder / "world")
+    # Every value has its type before a world is made.
+    settings_of_stages(whole, [stage.name for stage in find_stages(whole)])
     set_deterministic(bool(config.get("deterministic")))
-    initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
+    initialize(ParallelConfig(timeout_minutes=typed(ParallelConfig, config.parallel, "parallel").timeout_minutes))
     if dist.get_rank() == 0:
-        build_tiny_world(folder / "world", **config.world, seed=config.seed)
+        build_tiny_world(folder / "world", **vars(world), seed=config.seed)
     dist.barrier()
-    results = run_pipeline(_with_world(config, folder / "world"))
+    results = run_pipeline(whole)
     report: dict[str, Any] = {}
     if dist.get_rank() == 0:
         report = _report(results, folder / "world" / "test.jsonl", started)
@@ -56,6 +77,16 @@ def quickstart(config: DictConfig) -> dict[str, Any]:
         print(f"\nreport: {folder / 'report.json'}")
     dist.barrier()
     return report
+
+
+def _check_students(config: DictConfig) -> None:
+    """Stop where a stage is left out whose student is to be compared."""
+    if config.get("only") is not None:
+        raise InputError("only", str(config.only), "null: the quickstart runs all stages, tools/pipeline.py some")
+    stages = {stage.name for stage in find_stages(config)}
+    for name in _STUDENTS.values():
+        if name not in stages:
+            raise InputError(f"stages.{name}", "null", "a stage: the quickstart compares its student with the others")
 
 
 def _with_world(config: DictConfig, world: Path) -> DictConfig:

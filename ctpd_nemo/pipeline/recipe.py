@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
@@ -114,6 +114,8 @@ def find_stages(config: DictConfig) -> list[Stage]:
     known = ", ".join(stage.name for stage in STAGES)
     if not isinstance(config.stages, DictConfig):
         raise InputError("stages", repr(config.stages), "stages and their values")
+    if config.get("only") is not None and not isinstance(config.only, ListConfig):
+        raise InputError("only", repr(config.only), "a list of stages, [sft_teacher,score], or null")
     bases = {stage.name for stage in STAGES}
     for name in map(str, config.stages):
         own = config.stages[name]

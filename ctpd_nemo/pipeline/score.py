@@ -20,7 +20,6 @@ from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
-from ctpd_nemo.models.folder import check_model
 from ctpd_nemo.models.forward import sum_over_data_parallel
 from ctpd_nemo.models.memory import free_bytes, least_of_all_ranks, model_passes
 from ctpd_nemo.models.roles import ROLES, by_model
@@ -29,12 +28,13 @@ from ctpd_nemo.models.teacher import FrozenModel, weight_bytes
 from ctpd_nemo.models.top_k import TopKScoring
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
-from ctpd_nemo.parallel.layout import initialize, local_device, world_size
+from ctpd_nemo.parallel.layout import initialize, local_device
 from ctpd_nemo.pipeline.callbacks import ScoreReport, StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
 from ctpd_nemo.pipeline.origin import write_record
+from ctpd_nemo.pipeline.preflight import check_job, check_models, check_shared, model_folders, open_data
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
 from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKWriter
@@ -52,22 +52,21 @@ def score(run: RunConfig) -> Path:
     Raises:
         InputError: The configuration, data or weights cannot be used, or the cache that is there is of something else.
     """
-    run.check(world_size())
+    check_job(run)
     set_deterministic(run.deterministic)
     method = run.method
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
-    method.check()
-    cache, folders = Path(str(method.cache)), method.folders()
-    data = RunData(run, ("chosen", "rejected"), two_sided=method.two_sided(run.policy))
-    for role, folder in folders.items():
-        check_model(folder, data.encoder.policy if ROLES[role].side == "policy" else data.encoder.reference, run)
+    cache, folders = Path(str(method.cache)), model_folders(run)
+    data = open_data(run)
+    check_models(run, data.encoder.policy, data.encoder.reference)
     initialize(run.parallel, run.seed)
     watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
     prints, weights = score_fingerprints(data, run.precision.of_frozen().name), weights_fingerprints(folders)
     writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
     top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
     on_rank_0(writer.begin)
+    check_shared("method.cache", cache)
     if top_k is not None:
         on_rank_0(top_k.begin)
     use_encoded(data)
@@ -104,12 +103,9 @@ def _top_k_writer(
     """Where the reference's largest log-probs go.
 
     Raises:
-        InputError: There are fewer words, or what is there is of something else.
+        InputError: What is there is of something else.
     """
     method = run.method
-    words = read_architecture(method.reference).vocab_size
-    if method.top_k > words:
-        raise InputError("method.top_k", str(method.top_k), f"at most {words}, the reference's vocabulary")
     layout = len(data.train), method.pairs_per_shard
     return TopKWriter(method.cache, fingerprints, weights["reference"], *layout, method.top_k, method.top_k_dtype)
 

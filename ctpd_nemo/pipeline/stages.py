@@ -9,24 +9,21 @@ import functools
 import gc
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
-from ctpd_nemo.models.data import batching_of, load_side
 from ctpd_nemo.models.distillation import DistillationConfig
-from ctpd_nemo.models.folder import check_model
-from ctpd_nemo.models.gpt import check_sizes
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
-from ctpd_nemo.parallel.layout import ParallelConfig, initialize, world_size
+from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
@@ -34,6 +31,13 @@ from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
 from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
+from ctpd_nemo.pipeline.stage_checks import (
+    StandingStage,
+    check_reading,
+    is_asked_for,
+    output_of,
+    put_folders_of_now,
+)
 from ctpd_nemo.pipeline.stage_status import (
     StageStatus,
     read_status,
@@ -71,12 +75,16 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     Raises:
         InputError: A value, file or folder cannot be used.
     """
+    config.run_dir = str(output_folder("run_dir", config.run_dir))
     stages = find_stages(config)
     known = [stage.name for stage in stages]
     for name in config.only or ():
         if name not in known:
             raise InputError("only", name, "a list of stages that are not null, of " + ", ".join(known))
-    _check(config)
+    # The last one's turn comes days later.
+    standing = _standing(config, stages)
+    for one in standing:
+        one.check()
     # What the libraries hold lives as long as the process; Megatron-Core searches it for garbage at every checkpoint.
     gc.collect()
     gc.freeze()
@@ -84,11 +92,12 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     # The first call makes the default group, and its limit of time is for good.
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
+    on_rank_0_however_long(lambda: check_reading(standing))
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
     settings: dict[str, str] = {}
     for stage in stages:
-        asked_for = config.only is None or stage.name in config.only
+        asked_for = is_asked_for(config, stage)
         inputs = stage.builds_on(config)
         if not asked_for and not results.keys() >= set(inputs.values()):
             continue
@@ -103,48 +112,29 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
             results[stage.name] = _run_stage(stage, run, StageStatus(fingerprint, settings[stage.name]))
         elif done := _complete(stage, run, fingerprint):
             results[stage.name] = done
-        gc.collect()
+        let_go()
     return results
 
 
-def _check(config: DictConfig) -> None:
-    """Look at every value, and at both models, before the first stage begins: the last one's turn comes days later.
+def let_go() -> None:
+    """Free what a stage has held: its model is a circle of references, on a GPU until somebody looks.
 
-    Raises:
-        InputError: A value or folder cannot be used.
+    A first pass leaves tensors behind that C++ has held until then.
     """
-    for stage in find_stages(config):
-        if not (config.only is None or stage.name in config.only):
-            continue
-        sources = (name for name in stage.builds_on(config).values() if config.stages.get(name) is not None)
-        inputs = {name: StageResult(Path(config.run_dir) / name, 0.0, skipped=True) for name in sources}
-        run = stage_config(config, stage, inputs)
-        run.check(world_size())
-        run.data.check()
-        _check_sizes(config, stage, run)
-        side, key = run.policy_side(), f"model.{run.policy}"
-        if f"{key}.path" not in stage.inputs and side.path is not None:
-            check_model(side.path, load_side(side, key), run)
+    for _ in range(2):
+        gc.collect()
 
 
-def _check_sizes(config: DictConfig, stage: Stage, run: RunConfig) -> None:
-    """Look whether the models and microbatches of a stage can be cut up as it asks.
-
-    What an earlier stage makes has the sizes of the model that it begins with.
-    """
-    online = getattr(run.method, "reference", None) == "online" and "model.teacher.path" in stage.inputs
-    sides = {"student" if stage.name == "score_student" else "teacher"} if stage.scores else {run.policy}
-    if online:
-        sides.add("teacher")
-    try:
-        batching_of(run, online=online)
-        for side in sorted(sides):
-            made = f"model.{side}.path" in stage.inputs
-            path = config.model[side].path if made else getattr(run.model, side).path
-            if path is not None:
-                check_sizes(read_architecture(path), run.parallel, run.precision)
-    except InputError as error:
-        raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
+def _standing(config: DictConfig, stages: Sequence[Stage]) -> list[StandingStage]:
+    """The stages that are asked for, with folders that are there now."""
+    by_name, found = {stage.name: stage for stage in stages}, []
+    for stage in stages:
+        if is_asked_for(config, stage):
+            # A stage that is null is missed where its output is asked for.
+            sources = [by_name[name] for name in stage.builds_on(config).values() if name in by_name]
+            results = {one.name: StageResult(output_of(config, one), 0.0, skipped=True) for one in sources}
+            found.append(put_folders_of_now(config, by_name, stage, stage_config(config, stage, results)))
+    return found
 
 
 def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageResult]) -> RunConfig:

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -47,11 +48,21 @@ def stop_at_once(status: int) -> None:
     _handle(stop)
 
 
+# What listens for signals now, or has.
+_listening: "weakref.WeakSet[StopRequest]" = weakref.WeakSet()
+
+
+def request_stop() -> None:
+    """Have this job stop, on all ranks, at the next point that it can go on from, as if it had been asked to."""
+    for request in _listening:
+        request.received = True
+
+
 class StopRequest:
     """Remembers SIGTERM or Ctrl-C until the job comes to a point that it can go on from; a second Ctrl-C ends it.
 
     Attributes:
-        received: Whether there was either.
+        received: Whether there was either, or ``request_stop``.
         interrupted: Whether there was Ctrl-C.
     """
 
@@ -72,6 +83,7 @@ class StopRequest:
                     os.write(2, b"\nCtrl-C: the job stops after the step or shard at hand; once more, and at once\n")
             self.received = True
 
+        _listening.add(self)
         _handle(remember)
 
 

@@ -3,32 +3,43 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+from lightning.pytorch.callbacks import Callback
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.models.data import RunData
 from ctpd_nemo.models.distillation import DistillationConfig
-from ctpd_nemo.models.folder import check_model
-from ctpd_nemo.models.methods import METHODS
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import SpanDraws
+from ctpd_nemo.parallel.checkpoint import read_state
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints, named_checkpoints, step_of
 from ctpd_nemo.parallel.determinism import set_deterministic
 from ctpd_nemo.parallel.hang import watch_for_hangs
-from ctpd_nemo.parallel.layout import initialize, world_size
+from ctpd_nemo.parallel.layout import initialize
 from ctpd_nemo.pipeline.bad_steps import BadStepReport
 from ctpd_nemo.pipeline.callbacks import DataReport, DataWatch, MetricLog, ProbeRecord
 from ctpd_nemo.pipeline.checkpointing import Checkpointing, newest_whole
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.folder_watch import FolderWatch
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
 from ctpd_nemo.pipeline.origin import write_record
 from ctpd_nemo.pipeline.pace import PaceWatch
+from ctpd_nemo.pipeline.preflight import (
+    check_job,
+    check_models,
+    check_room,
+    check_shared,
+    checkpoint_bytes,
+    method_of,
+    model_folders,
+    open_data,
+)
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.top_k_cache import TopKReader
@@ -47,19 +58,12 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     Raises:
         InputError: The configuration, data or weights cannot be used; nothing was trained.
     """
-    run.check(world_size())
+    check_job(run)
     set_deterministic(run.deterministic)
-    method = METHODS.get(run.method.name)
-    if method is None:
-        raise InputError("method.name", repr(run.method.name), "one of " + ", ".join(METHODS))
+    method, data = method_of(run), open_data(run)
+    check_models(run, data.encoder.policy, data.encoder.reference)
     reference = getattr(run.method, "reference", None)
     weighted = run.method if isinstance(run.method, WeightedConfig) else None
-    beside = method.two_sided and reference == "online" and (weighted is None or "reference" in weighted.sides())
-    data = RunData(run, method.responses, method.two_sided, online=beside)
-    folders = _starting_weights(run, data)
-    for role, path in folders.items():
-        reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
-        check_model(path, data.encoder.policy if reads_as_policy else data.encoder.reference, run)
     initialize(run.parallel, run.seed)
     folder = Path(run.run_dir)
     watch_for_hangs(folder, run.parallel.timeout_minutes)
@@ -74,14 +78,14 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     if data.validation is not None:
         # That held-out pairs have no scores is known before models are built.
         data.scores_of("validation"), data.top_k_of("validation")
-    data.weights = weights_fingerprints(folders)
+    data.weights = weights_fingerprints(model_folders(run))
     checkpoints = folder / "checkpoints"
     newest = _newest_checkpoint(run, checkpoints)
     checkpointing = Checkpointing(checkpoints, run.trainer)
     watch = PaceWatch(folder.name)
     heartbeat = Heartbeat(folder, run.parallel.timeout_minutes, watch.pace)
     own_callbacks = [
-        LambdaCallback(on_train_start=lambda trainer, _: _write_record(run, data, trainer)),
+        FolderWatch(folder, lambda trainer: _write_record(run, data, trainer)),
         DataReport(folder.name, ", ".join(run.data.train), run.data.warn_skipped),
         DataWatch(data),
         MetricLog(folder / "metrics.jsonl"),
@@ -95,9 +99,15 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     if done_steps > data.total_steps:
         expected = f"at most {data.total_steps}, the steps of the whole run by trainer.epochs and trainer.max_steps"
         raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
+    if done_steps < data.total_steps:
+        on_rank_0(lambda: check_room(folder, checkpoint_bytes(data.policy_path)))
+    on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    check_shared("run_dir", folder)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     data.warn_of_choices()
+    # Without a checkpoint, that the names in resume.allow are some.
+    model.check_fingerprints(read_state(newest).fingerprints if newest else model.fingerprints())
     trainer.fit(model, ckpt_path=str(newest) if newest else None)
     if checkpointing.failure is not None:
         if trainer.is_global_zero:
@@ -109,16 +119,6 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     checkpoint = on_rank_0(lambda: find_checkpoints(checkpoints)[-1])
     logger.info("%-13s checkpoint: %s", folder.name, checkpoint)
     return checkpoint
-
-
-def _starting_weights(run: RunConfig, data: RunData) -> dict[str, str]:
-    """The folders whose weights the numbers of a run depend on, but for those that a score cache speaks for."""
-    method, online = run.method, {}
-    if isinstance(method, WeightedConfig):
-        online = method.online_folders(run)
-    elif isinstance(method, DistillationConfig) and method.reference == "online" and run.model.teacher.path:
-        online = {"reference": run.model.teacher.path}
-    return {"policy": data.policy_path, **online}
 
 
 def _open_scores(run: RunConfig, data: RunData) -> ScoreReader:
@@ -157,7 +157,6 @@ def _newest_checkpoint(run: RunConfig, checkpoints: Path) -> Path | None:
     return newest_whole(checkpoints)
 
 
-def _write_record(run: RunConfig, data: RunData, trainer: Trainer) -> None:
-    if trainer.is_global_zero:
-        held_out = {} if data.validation is None else {"validation": data.validation.fingerprint}
-        write_record(run, {**data.fingerprints(), **held_out}, trainer.global_step)
+def _write_record(run: RunConfig, data: RunData, trainer: Trainer) -> dict[str, Any]:
+    held_out = {} if data.validation is None else {"validation": data.validation.fingerprint}
+    return write_record(run, {**data.fingerprints(), **held_out}, trainer.global_step)

@@ -1,6 +1,5 @@
 """Lightning's trainer and NeMo's experiment manager, as every job here uses them."""
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from lightning.pytorch.callbacks import Callback
 from nemo.utils.exp_manager import exp_manager
 
 from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.parallel.ranks import read_ranks
 from ctpd_nemo.parallel.strategy import MegatronStrategy
 from ctpd_nemo.pipeline.places import Places
 from ctpd_nemo.pipeline.progress import ProgressBar, ProgressLines
 from ctpd_nemo.pipeline.tensorboard import LastingTensorBoard
-from ctpd_nemo.pipeline.wandb_run import WandbRun, keep_quiet, wandb_arguments
+from ctpd_nemo.pipeline.wandb_run import WandbRun, begin, wandb_arguments
 
 
 def build_trainer(
@@ -30,12 +30,13 @@ def build_trainer(
         done_steps: Steps that are done. What TensorBoard has of later ones is dropped, as they are done again; and what
             it has of the last of these, which may be validated again. A run that is done draws nothing again.
     """
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = read_ranks()
+    processes = ranks.local_world_size
     logs = Path(run.run_dir).absolute() / "logs"
     trainer = pl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=processes,
-        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
+        num_nodes=ranks.world_size // processes,
         strategy=MegatronStrategy(run.parallel, run.seed, processes, run.trainer.async_save),
         max_steps=total_steps,
         max_epochs=-1,
@@ -71,7 +72,8 @@ def build_trainer(
     purge = done_steps if done_steps < total_steps else None
     drawn = LastingTensorBoard(save_dir=str(logs), name="", version="", default_hp_metric=False, purge_step=purge)
     trainer.loggers = [drawn, *trainer.loggers]
-    keep_quiet(trainer)
+    if run.trainer.wandb:
+        begin(trainer)
     return trainer
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.pipeline.config import run_config, typed
 from ctpd_nemo.planner.estimate import Estimate
 from ctpd_nemo.planner.hardware import Hardware
@@ -100,6 +101,8 @@ def plan(config: DictConfig) -> Plan:
             raise InputError(key, repr(getattr(asked, key)), " or ".join(choices))
     asked.hardware.check()
     asked.workload.check()
+    # Another machine's folder, where it is only named.
+    recipe.run_dir = str(output_folder("run_dir", recipe.run_dir) if asked.write else recipe.run_dir)
     jobs = find_jobs(recipe, asked.attention)
     if asked.attention == "local" and any(job.precision.fp8 for job in jobs):
         raise InputError("attention", "local with precision.fp8", "fused: FP8 products are Transformer Engine's")

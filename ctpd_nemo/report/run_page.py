@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.output_paths import output_file
 from ctpd_nemo.report.charts import HEIGHT, WIDTH, Chart, Histogram, chart, number, weight_histograms
 from ctpd_nemo.report.differences import differences, flat, shown
 from ctpd_nemo.report.metric_log import MetricTable
@@ -88,7 +89,7 @@ def write_run_page(config: RunPageConfig) -> Path:
     if not config.run_dir:
         raise InputError("run_dir", "nothing", "the run_dir of a job or pipeline")
     run = read_run(Path(config.run_dir))
-    path = Path(config.output) if config.output else run.folder / PAGE
+    path = output_file("output", config.output) if config.output else output_file("run_dir", run.folder / PAGE)
     views = [_view(job) for job in run.jobs]
     facts = [name for name in _FACTS if any(name in view.facts for view in views)]
     return write_page(

@@ -11,6 +11,7 @@ from ctpd_nemo.data.templates import tokenizer_fingerprint
 from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.ctpd import CTPDConfig
+from ctpd_nemo.output_paths import output_file
 from ctpd_nemo.report.bands import TextView, kinds_of, text_view
 from ctpd_nemo.report.letters import readable, without_surrogates
 from ctpd_nemo.report.mismatch import Mismatch, mismatch_table
@@ -143,6 +144,7 @@ def _plain(value: float | None) -> str:
 
 
 def _check(config: SpansPageConfig) -> None:
+    output_file("output", config.output)
     if len(config.tokenizers) < 2:
         raise InputError("tokenizers", f"{len(config.tokenizers)} folders", "two or more tokenizer folders")
     given = [name for name in ("text", "file") if getattr(config, name) is not None]

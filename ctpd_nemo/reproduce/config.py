@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.evaluate import EvaluateConfig, PairsConfig
 from ctpd_nemo.pipeline.config import typed
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize
@@ -73,6 +74,15 @@ class StudentEvaluation:
     max_new_tokens: int = 32
     seed: int = 1234
 
+    def check(self) -> None:
+        """Stop with an ``InputError`` that names the key of a value that no evaluation takes."""
+        pairs = PairsConfig(max_new_tokens=self.max_new_tokens)
+        try:
+            EvaluateConfig(pairs=pairs, batch_size=self.batch_size, seed=self.seed).check()
+        except InputError as error:
+            name = error.place.rpartition(".")[2]
+            raise InputError(f"evaluation.{name}", error.found, error.expected) from error
+
 
 @dataclass
 class ReproduceConfig:
@@ -113,6 +123,7 @@ class ReproduceConfig:
             raise InputError("launch", repr(self.launch), "print or slurm")
         if self.table not in known_tables():
             raise InputError("table", str(self.table), "one of " + ", ".join(map(str, known_tables())))
+        self.evaluation.check()
         self.hardware.check()
         node = self.hardware.gpus_per_node
         if self.gpus > node and self.gpus % node:

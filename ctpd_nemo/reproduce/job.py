@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.output_paths import output_folder
 from ctpd_nemo.pipeline.recipe import needed_stages
 from ctpd_nemo.planner.tables import Table
 from ctpd_nemo.reproduce.chain import chain
@@ -46,6 +47,7 @@ def reproduce(config: DictConfig, experiment: str, overrides: Sequence[str] = ()
     table = read_table(asked.table, asked.rows)
     if recipe.run_dir is None:
         recipe.run_dir = f"runs/tables/{experiment}"
+    recipe.run_dir = str(output_folder("run_dir", recipe.run_dir))
     # Before anything is run: every stage of the table is there.
     needed_stages(recipe, list(table.rows.values()))
     if recipe.model.student.path is None:

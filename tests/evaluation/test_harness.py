@@ -205,6 +205,7 @@ def test_datasets_out_of_reach_are_told(world: TinyWorld, monkeypatch: pytest.Mo
     def unreachable(**_: Any) -> None:
         raise ConnectionError("Couldn't reach\n'Rowan/hellaswag' on the Hub")
 
+    monkeypatch.setattr("lm_eval.tasks.get_task_dict", lambda _: {})
     monkeypatch.setattr("lm_eval.simple_evaluate", unreachable)
     with pytest.raises(InputError, match=r"tasks\.data: found null, and no data of hellaswag \(Couldn't reach 'R"):
         run_harness(world.student, ["hellaswag"])

@@ -1,4 +1,4 @@
-"""The same under ``torchrun`` itself: it sees a rank die and ends the others, and passes signals on to all."""
+"""The same under ``torchrun`` itself: it sees a rank die and ends the others, passes signals on, and may be killed."""
 
 import signal
 import subprocess
@@ -30,7 +30,9 @@ def workers(torchrun: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["one rank: kill", "all ranks: stop", "torchrun: stop", "torchrun: Ctrl-C"])
+@pytest.mark.parametrize(
+    "to", ["one rank: kill", "torchrun: kill", "all ranks: stop", "torchrun: stop", "torchrun: Ctrl-C"]
+)
 def test_a_job_under_torchrun_that_ends_before_its_time_goes_on_bit_for_bit(
     to: str, zygote: Zygote, world: TinyWorld, account: Account, tmp_path: Path
 ) -> None:
@@ -42,24 +44,29 @@ def test_a_job_under_torchrun_that_ends_before_its_time_goes_on_bit_for_bit(
         while steps_done(run_dir) < 7:
             assert torchrun.poll() is None, torchrun.communicate()
             time.sleep(0.01)
+        ranks = workers(torchrun)
         begun = time.monotonic()
         if to == "torchrun: stop":
             torchrun.send_signal(signal.SIGTERM)
         elif to == "torchrun: Ctrl-C":
             torchrun.send_signal(signal.SIGINT)
-        for number, worker in enumerate(workers(torchrun)):
+        elif to == "torchrun: kill":
+            torchrun.send_signal(signal.SIGKILL)
+        for number, worker in enumerate(ranks):
             if to == "all ranks: stop":
                 worker.send_signal(signal.SIGTERM)
             elif to == "one rank: kill" and number == 1:
                 worker.kill()
         _, stderr = torchrun.communicate(timeout=BOUND)
         seconds = time.monotonic() - begun
+        assert len(ranks) == 2
+        assert not psutil.wait_procs(ranks, timeout=BOUND)[1], "ranks that outlive torchrun"
     # Of a signal to itself, and of a rank that died, torchrun makes an error of its own.
     assert (torchrun.returncode == 0) == (to == "all ranks: stop"), stderr
     done, kept = steps_done(run_dir), whole_checkpoints(run_dir)
     assert done < STEPS
-    if to == "one rank: kill":
-        account.killed.append("train.py under torchrun, rank 1, after step 7")
+    if to.endswith("kill"):
+        account.killed.append(f"train.py under torchrun, {to.partition(':')[0]}, after step 7")
         account.steps_again.append(done - max(kept, default=0))
     else:
         account.stopped.append(seconds)

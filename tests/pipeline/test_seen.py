@@ -183,7 +183,7 @@ def test_scoring_is_recorded_and_its_shards_are_told(world: TinyWorld, tmp_path:
 def test_without_the_package_the_flag_says_how_to_get_it(
     world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ctpd_nemo.models.config.find_spec", lambda name: None)
+    monkeypatch.setattr("ctpd_nemo.pipeline.wandb_run.find_spec", lambda name: None)
     with pytest.raises(InputError, match=re.escape("trainer.wandb: found no package wandb; expected it: pip install")):
         sft(world, tmp_path / "run", "trainer.wandb=true")
     assert not (tmp_path / "run").exists()

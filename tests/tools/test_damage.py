@@ -270,7 +270,7 @@ def test_an_export_never_replaces_the_folder_one_stands_in(
     world: TinyWorld, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="the name of a new folder"):
+    with pytest.raises(InputError, match="by a name of its own"):
         export(ExportConfig(str(trained / "checkpoints/step-00000002"), str(world.student), "."))
 
 
@@ -330,7 +330,7 @@ def test_a_shard_that_is_gone_is_scored_again(world: TinyWorld, tmp_path: Path) 
         (["data.max_lenght=3"], "Could not override 'data.max_lenght'"),
         (["experiment=nope"], "Could not find 'experiment/nope'"),
         (["method=null"], "Config group override must be a string or a list"),
-        (["method=sft", "run_dir=file/run"], "file/run: found Not a directory"),
+        (["method=sft", "run_dir=file/run"], "run_dir: found file/run, where "),
     ],
     ids=["key", "experiment", "null", "path"],
 )
