@@ -158,14 +158,9 @@ class ControlTokens:
         return backend, {content: (index, secret[index]) for index, content in self._content_of.items()}
 
 
-def first_added_token(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> re.Match[str] | None:
-    """The first added token in a text: of the special ones and those with a role, or of all."""
-    roles = set(tokenizer.all_special_tokens)
-    contents = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or token.content in roles or (not special and token.content.strip())
-    ]
+def first_added_token(tokenizer: PreTrainedTokenizerBase, text: str) -> re.Match[str] | None:
+    """The first added token in a text, special or not."""
+    contents = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
     return _pattern(contents).search(text)
 
 

@@ -131,23 +131,16 @@ class TemplateProbe:
             return ""
 
     def _end_text(self, closing: str, between: str) -> str:
-        """The part of what follows a response that ends its turn."""
+        """The part of what follows a response that ends its turn: up to the first token that is one by itself."""
         text = closing.lstrip()
-        special = first_added_token(self._tokenizer, text, special=True)
-        if special is not None and special.start() == 0:
-            return special[0]
-        # What follows every turn ends one; what only follows the last ends the conversation.
-        common = closing[: shared_length(closing, between)].lstrip()
-        has_token = [first_added_token(self._tokenizer, part, special=False) is not None for part in (common, text)]
-        if between and (has_token[0] or not has_token[1]):
-            text = common
-        for only_special in (True, False):
-            if (token := first_added_token(self._tokenizer, text, only_special)) is not None:
-                return text[: token.end()]
-        return text.rstrip()
+        token = first_added_token(self._tokenizer, text)
+        if token is not None:
+            return text[: token.end()]
+        # Of text, what follows every turn ends one; what only follows the last ends the conversation.
+        return (closing[: shared_length(closing, between)] if between else closing).strip()
 
     def _end_ids(self, conversation: str, at: int, closing: str, end: str) -> NDArray[np.int32]:
-        token = first_added_token(self._tokenizer, end, special=False)
+        token = first_added_token(self._tokenizer, end)
         if token is not None and token[0] == end:
             return np.array([self._tokenizer.convert_tokens_to_ids(end)], dtype=np.int32)
         eos = self._tokenizer.eos_token_id
@@ -191,7 +184,7 @@ class TemplateProbe:
                 yield Note("before a response", at_inference, written, *_ANOTHER)
         trained_end = str(self._tokenizer.decode(self.end_of_turn_ids))
         glue = closing[: len(closing) - len(closing.lstrip())] if self.style.end else ""
-        eos_added = not self.style.end or first_added_token(self._tokenizer, self.style.end, special=False) is None
+        eos_added = not self.style.end or first_added_token(self._tokenizer, self.style.end) is None
         if glue or eos_added:
             yield Note("behind a response", trained_end, closing, *_ANOTHER)
 

@@ -207,6 +207,29 @@ def check_roles(config: DictConfig, stage: Stage, method: CTPDConfig) -> None:
         raise InputError("stages.score.method.margin", "false", f"true: the weights of {stage.name} are margins")
 
 
+def check_spans(config: DictConfig, stage: Stage) -> None:
+    """Stop where a stage reads scores of other spans than its own: found when it begins, that costs what came before.
+
+    Raises:
+        InputError: Names the value that differs.
+    """
+    stages = {one.name: one for one in find_stages(config)}
+    own = _spans_of(config, stage)
+    for key, source in stage.builds_on(config).items():
+        if not key.endswith("scores") or source not in stages:
+            continue
+        for name, value in _spans_of(config, stages[source]).items():
+            if own[name] != value:
+                expected = f"{value}, as in stages.{source}: scores are of the spans that are trained"
+                raise InputError(f"stages.{stage.name}.data.{name}", str(own[name]), expected)
+
+
+def _spans_of(config: DictConfig, stage: Stage) -> dict[str, Any]:
+    """What a stage says of how responses are cut into spans."""
+    data = {**config.data, **(stage_values(config, stage).get("data") or {})}
+    return {name: data.get(name) for name in ("include_eos", "response_text", "max_length", "max_prompt_length")}
+
+
 def check_top_k(config: DictConfig, stage: Stage, method: DistillationConfig) -> None:
     """Stop where a stage distils from a cache that does not have enough log-probs of each token.
 

@@ -28,7 +28,7 @@ from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
-from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_top_k, find_stages, stage_values
+from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_spans, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
 from ctpd_nemo.pipeline.stage_checks import (
@@ -162,6 +162,7 @@ def stage_config(config: DictConfig, stage: Stage, results: Mapping[str, StageRe
         run = run_config(merged)
     except InputError as error:
         raise InputError(f"stage {stage.name}, {error.place}", error.found, error.expected) from error
+    check_spans(config, stage)
     if isinstance(run.method, CTPDConfig):
         check_roles(config, stage, run.method)
     elif isinstance(run.method, DistillationConfig):

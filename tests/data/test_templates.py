@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ctpd_nemo.conf_folder import CONF
 from ctpd_nemo.data.forms import Message, PreferencePair
 from ctpd_nemo.data.templates import Prompt, Side
 from ctpd_nemo.errors import InputError
@@ -199,6 +200,26 @@ def test_a_template_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         Side(bpe_tokenizer, template)
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "chat_templates").iterdir()), ids=lambda path: path.name)
+def test_templates_of_conf_write_plain_turns_with_tokens_of_the_base_tokenizer(
+    path: Path, real_side: Callable[[str], Side], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by their name below ``conf``, from any folder; nothing is trimmed, nothing stands around a response."""
+    monkeypatch.chdir(tmp_path)
+    base = with_template(real_side("llama3").tokenizer, None)
+    side = Side(base, f"chat_templates/{path.name}")
+    assert side.notes == ()
+    assert base.convert_ids_to_tokens(side.end_of_turn_ids.tolist()) == ["<|eot_id|>"]
+    # But for white space, which that of Llama 3 Instruct trims, it is that one.
+    instruct = real_side("llama3")
+    for prompt in (
+        [Message("user", "Name a sea.")],
+        [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), Message("user", "c\n\nd")],
+    ):
+        assert side.render_prompt(prompt).tolist() == instruct.render_prompt(prompt).tolist()
+    assert side.render_text([Message("user", " a\n")]) != instruct.render_text([Message("user", " a\n")])
 
 
 def test_a_prompt_of_no_tokens_is_refused(bpe_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from ctpd_nemo.conf_folder import in_conf
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.evaluate import EvaluateConfig
 from ctpd_nemo.models.config import RunConfig
@@ -139,10 +140,65 @@ def test_stages_have_the_papers_hyperparameters(experiment: str | None) -> None:
         assert run.precision.dtype == "bf16"
 
 
-@pytest.mark.parametrize("experiment", OF_THE_PAPER)
-def test_the_papers_runs_leave_the_end_of_turn_out(experiment: str) -> None:
-    assert not any(run.data.include_eos for run in stage_configs(f"experiment={experiment}").values())
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_stages_learn_to_end_turns_and_only_ctpd_s_spans_in_the_papers_runs_leave_the_end_out(experiment: str) -> None:
+    without = {name for name, run in stage_configs(f"experiment={experiment}").items() if not run.data.include_eos}
+    of_ctpd = {name for name in stage_configs(f"experiment={experiment}") if name.startswith(("score", "ctpd"))}
+    assert without == (of_ctpd if experiment.startswith("paper_") else set())
     assert train_config("method=sft").data.include_eos
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place", "expected"),
+    [
+        (["+stages.ctpd.data={include_eos:false}"], "stages.ctpd.data.include_eos", "True, as in stages.score:"),
+        (["+stages.score.data={max_length:64}"], "stages.ctpd.data.max_length", "64, as in stages.score:"),
+        (["+stages.score.data={response_text:rendered}"], "stages.ctpd.data.response_text", "rendered, as in"),
+        (
+            [
+                "stages.score.method.top_k=5",
+                "stages.uld={method:{name:uld,reference:cache},data:{include_eos:false}}",
+            ],
+            "stages.uld.data.include_eos",
+            "True, as in stages.score:",
+        ),
+        (
+            ["stages.score_student={method:{name:score},data:{include_eos:false}}"],
+            "stages.ctpd.data.include_eos",
+            "False, as in stages.score_student:",
+        ),
+    ],
+)
+def test_a_stage_that_reads_scores_of_other_spans_is_named_before_any_begins(
+    overrides: list[str], place: str, expected: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        stage_configs(*overrides)
+    assert error.value.place == place
+    assert error.value.expected.startswith(expected)
+
+
+@pytest.mark.parametrize("experiment", OF_THE_PAPER)
+def test_experiments_on_base_models_bring_a_chat_template_found_from_any_folder(
+    experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in stage_configs(f"experiment={experiment}").values():
+        given = run.model.student.chat_template
+        assert given is not None
+        assert in_conf(given) == CONF / given
+        assert run.model.teacher.chat_template is None
+    (tmp_path / "chat_templates").mkdir()
+    (tmp_path / given).write_text("one's own of that name goes first")
+    assert in_conf(given) == Path(given)
+
+
+def test_variables_of_a_template_are_given_on_the_command_line() -> None:
+    run = train_config("method=sft", "model.student.chat_template_kwargs={enable_thinking: false, depth: [1, x]}")
+    assert run.model.student.chat_template_kwargs == {"enable_thinking": False, "depth": [1, "x"]}
+    assert run.model.teacher.chat_template_kwargs is None
+    stages = stage_configs("model.teacher.chat_template_kwargs={thinking: true}")
+    assert {str(run.model.teacher.chat_template_kwargs) for run in stages.values()} == {"{'thinking': True}"}
 
 
 def test_the_papers_pairs_are_there_and_one_beyond_them() -> None:
