@@ -21,7 +21,6 @@ from typing import Any
 
 from ctpd_nemo.data.messages import (
     BASIC_ROLES,
-    INSTRUCTION_ROLES,
     MEANT,
     MEANT_IN_MESSAGES,
     TOOL_ROLES,
@@ -38,6 +37,17 @@ from ctpd_nemo.data.messages import (
 __all__ = ["FIELDS", "KeptFields", "Message", "PreferencePair", "RowError", "parse_pair"]
 
 FIELDS = ("id", "system", "prompt", "chosen", "rejected", "context", "completions")
+# From what has been said and who speaks next, to what has been said then.
+_FOLLOWS = {
+    ("begin", "system"): "system",
+    ("begin", "developer"): "developer",
+    ("system", "developer"): "developer",
+    **dict.fromkeys(((before, "user") for before in ("begin", "system", "developer", "assistant", "tool")), "user"),
+    ("user", "assistant"): "assistant",
+    ("calling", "tool"): "tool",
+    ("tool", "tool"): "tool",
+    ("tool", "assistant"): "assistant",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +75,9 @@ class PreferencePair:
     @property
     def is_plain(self) -> bool:
         """Whether it is text alone, of roles that every template knows."""
-        plain = all(message.role in BASIC_ROLES and not message.extra for message in self.prompt)
-        return plain and not self.fields and not self.whole
+        if self.fields or self.whole:
+            return False
+        return not any(message.extra or message.role not in BASIC_ROLES for message in self.prompt)
 
     def content(self) -> str:
         """All that it says, as JSON: prompt and responses, then what else it holds where it is not plain."""
@@ -91,22 +102,23 @@ def parse_pair(row: Mapping[str, Any], default_id: str, place: str, kept: KeptFi
     Raises:
         RowError: The row is no preference pair in any form.
     """
-    fields = kept_values({name: row[name] for name in kept.of_rows.intersection(row)}, "")
+    columns = {name: value for name, value in row.items() if name in kept.of_rows}
+    fields = kept_values(columns, "") if columns else {}
     if row.get("completions") is not None and row.get("chosen") is None and row.get("rejected") is None:
         row = _ranked(row)
     chosen_context, chosen = _response(row, "chosen", kept)
     rejected_context, rejected = _response(row, "rejected", kept)
-    if _said(chosen_context) != _said(rejected_context):
+    if not _say_alike(chosen_context, rejected_context):
         raise RowError(
             "prompt_mismatch", "other turns before the last one than `chosen` has", "one shared prompt", "rejected"
         )
-    if _said([chosen]) == _said([rejected]):
+    if chosen.content == rejected.content and _say_alike([chosen], [rejected]):
         raise RowError("equal_responses", "the text of `chosen`", "two different responses", "rejected")
     prompt = _system(row) + _prompt(row, chosen_context, kept)
     _check_roles(prompt)
     whole = {name: message for name, message in (("chosen", chosen), ("rejected", rejected)) if message.extra}
-    texts = (chosen.content, rejected.content)
-    return PreferencePair(_id(row, default_id), prompt, *texts, place, dict(sorted(fields.items())), whole)
+    fields = dict(sorted(fields.items()))
+    return PreferencePair(_id(row, default_id), prompt, chosen.content, rejected.content, place, fields, whole)
 
 
 def _ranked(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,10 +153,17 @@ def _response(row: Mapping[str, Any], field: str, kept: KeptFields) -> tuple[tup
     return turns[:-1], turns[-1]
 
 
-def _said(messages: Sequence[Message]) -> list[tuple[Any, ...]]:
-    """What messages mean, whatever ids and dates they carry."""
-    meant = [{name: one.extra[name] for name in MEANT_IN_MESSAGES.intersection(one.extra)} for one in messages]
-    return [(one.role, one.content, one.no_content, more) for one, more in zip(messages, meant, strict=True)]
+def _say_alike(messages: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Whether two conversations mean the same, whatever ids and dates their messages carry."""
+    if len(messages) != len(others):
+        return False
+    for one, other in zip(messages, others, strict=True):
+        names = MEANT_IN_MESSAGES.intersection((*one.extra, *other.extra))
+        if (one.role, one.content, one.no_content) != (other.role, other.content, other.no_content):
+            return False
+        if any(one.extra.get(name) != other.extra.get(name) for name in names):
+            return False
+    return True
 
 
 def _prompt(row: Mapping[str, Any], context: tuple[Message, ...], kept: KeptFields) -> tuple[Message, ...]:
@@ -158,7 +177,7 @@ def _prompt(row: Mapping[str, Any], context: tuple[Message, ...], kept: KeptFiel
         agrees = any(turn.role == "user" and turn.content.strip() == value.strip() for turn in context)
     else:
         prompt = read_messages(value, "prompt", kept)
-        agrees = _said(context[: len(prompt)]) == _said(prompt)
+        agrees = _say_alike(context[: len(prompt)], prompt)
     if continues:
         return prompt + context
     if not agrees:
@@ -193,25 +212,15 @@ def _id(row: Mapping[str, Any], default_id: str) -> str:
 def _check_roles(prompt: tuple[Message, ...]) -> None:
     """Optional instructions, then user and assistant in turns, the user last; tools where an assistant calls them."""
     state = "begin"
-    follows = {
-        "begin": {"system": "instructed", "developer": "instructed", "user": "user"},
-        "instructed": {"developer": "instructed", "user": "user"},
-        "user": {"assistant": "assistant"},
-        "assistant": {"user": "user"},
-        "calling": {"tool": "tool"},
-        "tool": {"tool": "tool", "assistant": "assistant", "user": "user"},
-    }
-    roles = [message.role for message in prompt]
-    for before, message in zip((None, *prompt), prompt, strict=False):
+    for message in prompt:
         role = "tool" if message.role in TOOL_ROLES else message.role
-        twice = before is not None and before.role == message.role and role in INSTRUCTION_ROLES
-        state = "" if twice else follows.get(state, {}).get(role, "")
-        if calls_tools(message) and state == "assistant":
+        state = _FOLLOWS.get((state, role), "")
+        if state == "assistant" and calls_tools(message):
             state = "calling"
     if state not in ("user", "tool"):
         raise RowError(
             "role_order",
-            "roles " + ", ".join(roles),
+            "roles " + ", ".join(message.role for message in prompt),
             "an optional system message, then user and assistant in turns, the last turn before the response a user's, "
             "or a tool's where the assistant has called it",
             "prompt",

@@ -132,6 +132,8 @@ def _is_null(item: Any) -> bool:
     """What fills a list up to the length of another, and a system message that is null, not empty."""
     if not isinstance(item, dict):
         return item is None
+    if item.get("role") and item.get("content"):
+        return False
     said = {name: value for name, value in item.items() if value not in (None, "")}
     return ("role" in item and not said) or (said == {"role": "system"} and item.get("content", "") is None)
 
@@ -142,8 +144,7 @@ def _message(item: Any, field: str, kept: KeptFields) -> Message:
     role, value = item["role"], item.get("content")
     if role not in (*BASIC_ROLES, *INSTRUCTION_ROLES, *TOOL_ROLES):
         raise _unknown_role(role, field)
-    names = item if kept.everything else kept.of_messages.intersection(item)
-    extra = kept_values({name: item[name] for name in item if name in names and name not in ("role", "content")}, field)
+    extra = _extra(item, field, kept) if len(item) > 2 else {}
     calls = role == "assistant" and any(name in extra for name in CALLS)
     if value is None and calls:
         return Message(role, "", extra, no_content=True)
@@ -154,6 +155,11 @@ def _message(item: Any, field: str, kept: KeptFields) -> Message:
     # An empty system message is meant: it keeps a chat template from writing its own. A tool may have nothing to say.
     may_be_blank = calls or role in (*INSTRUCTION_ROLES, *TOOL_ROLES)
     return Message(role, text_of(value, field, may_be_blank), extra)
+
+
+def _extra(item: Mapping[str, Any], field: str, kept: KeptFields) -> dict[str, Any]:
+    names = item if kept.everything else kept.of_messages
+    return kept_values({name: item[name] for name in item if name in names and name not in ("role", "content")}, field)
 
 
 def _check_tool(messages: list[Message], field: str) -> None:
@@ -207,7 +213,7 @@ def kept_values(values: Mapping[str, Any], field: str) -> dict[str, Any]:
     Raises:
         RowError: One is of a type that no template can read, or holds half a character.
     """
-    kept = {}
+    kept: dict[str, Any] = {}
     for name, value in values.items():
         if value is None or value in ("", [], {}):
             continue

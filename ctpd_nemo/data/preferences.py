@@ -194,14 +194,14 @@ class _Scan:
 
     def keep(self, source: int, row: int, pair: PreferencePair) -> None:
         """Take a pair in; raises ``RowError`` where it is too long."""
-        content = pair.content()
+        content, plain = pair.content(), pair.is_plain
         # What else the pair holds counts as prompt, which most of it is.
         chosen, rejected = len(pair.chosen.encode()), len(pair.rejected.encode())
         prompt = sum(len(message.content.encode()) for message in pair.prompt)
-        if not pair.is_plain:
+        if not plain:
             prompt = max(prompt, len(content.encode()) - chosen - rejected)
         self._check_size(prompt + chosen + rejected)
-        if pair.is_plain:
+        if plain:
             self.role_orders.setdefault(tuple(message.role for message in pair.prompt), pair.place)
         else:
             self.kinds.setdefault(_kind(pair), len(self.row_of))
@@ -210,16 +210,17 @@ class _Scan:
         self.row_of.append(row)
         self.text_bytes.append((prompt, chosen, rejected))
         # The content with the id in front, as one list.
-        self.hash.update(f"[{json.dumps(pair.id, ensure_ascii=False)},{content[1:]}\n".encode())
-        self._count_repeat(content, pair.place)
+        encoded = content.encode()
+        self.hash.update(b"[%b,%b\n" % (json.dumps(pair.id, ensure_ascii=False).encode(), encoded[1:]))
+        self._count_repeat(encoded, pair.place)
 
     def _check_size(self, size: int) -> None:
         if self.max_bytes is not None and size > self.max_bytes:
             expected = f"at most {self.max_bytes:,}, or more in data.max_row_bytes"
             raise RowError("too_many_bytes", f"{size:,} bytes of text", expected)
 
-    def _count_repeat(self, content: str, place: str) -> None:
-        number = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+    def _count_repeat(self, content: bytes, place: str) -> None:
+        number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
         self.content_hashes.append(number)
         if number in self.seen:
             self.repeated += 1

@@ -91,8 +91,9 @@ class FieldReader:
             if written(less) == conversation:
                 raise self._unread(pair.place, f"{name}.{min(names)}")
         opening = self._side.render_text(pair.prompt, place=pair.place, fields=pair.fields)
-        text = conversation.removeprefix(opening).removesuffix(self._closing)
-        if conversation != opening + text + self._closing or not text.strip():
+        before, closing = self._around_plain_text
+        text = conversation.removeprefix(opening).removesuffix(closing)
+        if conversation != opening + text + closing or not text.strip():
             found = f"a template that does not write {name} as prompt, response and end of turn"
             raise self._refused(pair.place, found, "one that does", "rewritten_by_template")
         if message.content.strip() not in text:
@@ -101,7 +102,8 @@ class FieldReader:
         for token in self._written_tokens(message, text, special=True).values():
             found = f"the control token {token!r} in what the template writes of {name}"
             raise self._refused(pair.place, found, "a response of text", "rewritten_by_template")
-        return text
+        # An empty block of reasoning, say: what stands before any response is no part of it.
+        return text.removeprefix(before)
 
     def check_tokens(self, pair: PreferencePair, name: str, text: str, ids: NDArray[Any]) -> None:
         """Stop where an added token that the template writes in a response is not that token among its ids.
@@ -161,11 +163,13 @@ class FieldReader:
         return self._renders[name]
 
     @cached_property
-    def _closing(self) -> str:
-        """What it writes behind the text of a last turn."""
+    def _around_plain_text(self) -> tuple[str, str]:
+        """What it writes between a prompt and the text of a last turn, and behind that."""
         mark = uuid.uuid4().hex
         turns = [Message("user", "x"), Message("assistant", mark)]
-        return self._side.render_text(turns, add_generation_prompt=False).rpartition(mark)[2]
+        opening = self._side.render_text(turns[:1])
+        before, _, closing = self._side.render_text(turns, add_generation_prompt=False).rpartition(mark)
+        return before.removeprefix(opening) if before.startswith(opening) else "", closing
 
     def _unread(self, place: str, field: str) -> RefusedConversationError:
         expected = "a template that renders it, or rows without it"

@@ -7,6 +7,7 @@ rendered where other strings in it make another text.
 import copy
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,10 @@ _THINK = (
     "{% if loop.last and message.reasoning_content %}"
     "{{ '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
 )
+_BLOCK = (
+    "{% if loop.last and message.role == 'assistant' %}"
+    "{{ '<think>' + (message.thinking or '') + '</think>' }}{% endif %}"
+)
 TEMPLATES = {
     "plain": _template("{{ message.content }}"),
     "trims": _template("{{ message.content | trim }}"),
@@ -41,6 +46,7 @@ TEMPLATES = {
         "{% if message.tool_calls %}" + _CALLS + "{% else %}{{ message.content }}{% endif %}"
     ),
     "reasoning": _template(_THINK + "{{ message['content'] }}"),
+    "a block before every response": _template(_BLOCK + "{{ message.content or '' }}" + _CALLS),
     "names": _template("{% if message.name is defined %}{{ message.name + ': ' }}{% endif %}{{ message.content }}"),
     "documents": _template(
         "{{ message.content }}", "{% for document in documents or [] %}{{ document.title + '\\n' }}{% endfor %}"
@@ -235,7 +241,9 @@ class Oracle:
                 turns = [*messages[:number], {**message, name: _other(message[name])}, *messages[number + 1 :]]
                 reasoning = name in ("reasoning_content", "thinking") and number < len(messages) - 1
                 # Reasoning of earlier turns is left out by those that know it.
-                if self._write(turns, columns, opened) == text and not (reasoning and "reasoning" in self._template):
+                if self._write(turns, columns, opened) == text and not (
+                    reasoning and re.search("reasoning|thinking", self._template)
+                ):
                     return True
         return any(
             self._write(messages, {**columns, name: _other(columns[name])}, opened) == text
@@ -254,6 +262,8 @@ class Oracle:
         if whole is None or not (whole.startswith(prompt) and whole.endswith(closing)):
             return None
         text = whole[len(prompt) : -len(closing)]
+        plain = self._write([*row.prompt, {"role": "assistant", "content": "MARK"}], row.columns, False) or ""
+        text = text.removeprefix(plain[len(prompt) :].partition("MARK")[0])
         if self._leaves_out(turns, row.columns, False) or (message["content"] or "").strip() not in text:
             return None
         return text if text.strip() else None
