@@ -59,7 +59,7 @@ def method(name: str, cache: Path) -> dict[str, Any]:
     return config | ({"reference": "cache", "scores": str(cache)} if source == "cache" else {})
 
 
-def plain_method(home: Path, name: str) -> Distillation:
+def plain_method(home: Path, name: str, flipped: bool) -> Distillation:
     """The same for ``plain.train``."""
     transport = {"logarithmic_weight": 0.1, "sequence_weight": 0.1, "epsilon": 0.1, "iterations": 10}
     options: dict[str, Any] = {
@@ -69,12 +69,12 @@ def plain_method(home: Path, name: str) -> Distillation:
         "dskd": {"rate": 0.5, "temperature": 2.0, "projector_lr": PROJECTOR_LR},
     }[name]
     extra = draw_projectors(32, 40, seed=0) if name == "dskd" else {}
-    return Distillation(home / "student", home / "teacher", name.removesuffix("_top_k"), options, extra)
+    return Distillation(home / "student", home / "teacher", name.removesuffix("_top_k"), options, extra, flipped)
 
 
-def train_plain(home: Path, name: str) -> plain.Trained:
+def train_plain(home: Path, name: str, flipped: bool = False) -> plain.Trained:
     """What the jobs are compared with; the cache holds what a teacher beside the student says."""
-    method = plain_method(home, name.removesuffix("-cache"))
+    method = plain_method(home, name.removesuffix("-cache"), flipped)
     return plain.train(method, home / "pairs.jsonl", GLOBAL_BATCH, OPTIM, STEPS)
 
 

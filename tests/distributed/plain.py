@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.distributed.world import TOLERANCE
-
 
 @dataclass(frozen=True)
 class Optim:
@@ -32,48 +30,11 @@ class Optim:
 
 @dataclass
 class Trained:
-    """Of each step the metrics and gradients; the weights after the last.
-
-    ``chance``: of each step how large a part of each gradient is decided by rounding, in norm, see ``Ties``.
-    """
+    """Of each step the metrics and gradients; the weights after the last."""
 
     metrics: list[dict[str, float]] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
-    chance: list[dict[str, float]] = field(default_factory=list)
-
-
-@dataclass
-class Ties:
-    """Absolute differences so near zero that rounding decides which way they pull.
-
-    Attributes:
-        seen: Values, the absolute differences that they are in, and which of those are near zero.
-    """
-
-    seen: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-
-    def difference(self, values: Tensor, others: Tensor) -> Tensor:
-        """``|values - others|``, of which the ties are noted."""
-        values, others = torch.broadcast_tensors(values, others)
-        found = (values - others).abs()
-        if found.requires_grad:
-            found.retain_grad()
-            self.seen.append((values, found, found < TOLERANCE * (values + others)))
-        return found
-
-    def chance(self, named: dict[str, Tensor]) -> dict[str, float]:
-        """By parameter what the gradients would be off by if every tie pulled the other way; then none is noted."""
-        off = dict.fromkeys(named, 0.0)
-        for values, found, ties in self.seen:
-            assert found.grad is not None
-            for place in ties.nonzero().tolist():
-                weighted = 2 * found.grad[tuple(place)] * values[tuple(place)]
-                grads = torch.autograd.grad(weighted, list(named.values()), retain_graph=True, allow_unused=True)
-                for name, grad in zip(named, grads, strict=True):
-                    off[name] += 0.0 if grad is None else float(grad.norm())
-        self.seen.clear()
-        return off
 
 
 @dataclass(frozen=True)
@@ -195,10 +156,7 @@ class Method:
 
 
 def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps: int) -> Trained:
-    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe more.
-
-    ``extra`` is trained beside the policy; ``ties`` notes what rounding decides.
-    """
+    """Train on the pairs in file order, over and over; ``method`` has a ``policy``, a ``loss``, and maybe ``extra``."""
     rows = read_rows(pairs)
     batches = [rows[start : start + global_batch] for start in range(0, len(rows), global_batch)]
     model, trained = _model(method.policy), Trained()
@@ -208,15 +166,14 @@ def train(method: Any, pairs: Path, global_batch: int, optim: Optim, total_steps
         for those, peak in ((named, optim.lr), (extra, getattr(method, "extra_lr", 0.0)))
         for matrix, decay in ((True, optim.weight_decay), (False, 0.0))
     ]
-    named, ties = named | extra, getattr(method, "ties", Ties())
+    named = named | extra
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=optim.lr, eps=optim.eps)
     for step in range(total_steps):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / total_steps))
         optimizer.zero_grad()
         loss, metrics = method.loss(model, batches[step % len(batches)])
-        loss.backward(retain_graph=bool(ties.seen))
-        trained.chance.append(ties.chance(named))
+        loss.backward()
         trained.gradients.append({name: parameter.grad.clone() for name, parameter in named.items()})
         norm = torch.nn.utils.clip_grad_norm_(named.values(), optim.clip_grad)
         trained.metrics.append({**metrics, "grad_norm": float(norm), "lr": optimizer.param_groups[0]["lr"]})

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.distributed.plain import Ties, tokens
+from tests.distributed.plain import tokens
+from tests.distributed.world import TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Distillation:
         kind: "uld", "multilevel_ot" or "dskd".
         options: Values of its config.
         extra: What is trained beside the student, by name; of ``options["projector_lr"]``.
-        ties: What rounding decides.
+        flipped: Whether a probability that is all but equal to the other pulls the other way, as rounding may have it.
     """
 
     policy: Path
@@ -67,7 +68,7 @@ class Distillation:
     kind: str
     options: dict[str, Any]
     extra: dict[str, Tensor] = field(default_factory=dict)
-    ties: Ties = field(default_factory=Ties)
+    flipped: bool = False
 
     @property
     def extra_lr(self) -> float:
@@ -86,7 +87,7 @@ class Distillation:
                 total = total + (1 - rate) * label + rate * pull
             else:
                 transport = {"uld": uld, "multilevel_ot": multilevel_ot}[self.kind]
-                pull = transport(student, teacher, self.options, self.ties)
+                pull = transport(student, teacher, self.options, self.flipped)
                 total = total + label + self.options["weight"] * pull
             entropy, distillation = entropy + label.item(), distillation + pull.item()
             count += len(student.labels)
@@ -95,7 +96,13 @@ class Distillation:
         return loss, metrics
 
 
-def uld(student: Side, teacher: Side, options: dict[str, Any], ties: Ties) -> Tensor:
+def difference(p: Tensor, q: Tensor, flipped: bool) -> Tensor:
+    """``|p - q|`` of probabilities; ``flipped``: with the other sign where rounding may decide which is larger."""
+    found = (p - q).abs()
+    return torch.where(flipped & (found < TOLERANCE * (p + q)), -found, found)
+
+
+def uld(student: Side, teacher: Side, options: dict[str, Any], flipped: bool) -> Tensor:
     """Token by token, until the shorter tokenization ends."""
     total = torch.tensor(0.0, dtype=torch.double)
     for p, q in zip(student.probs, teacher.probs, strict=False):
@@ -105,16 +112,16 @@ def uld(student: Side, teacher: Side, options: dict[str, Any], ties: Ties) -> Te
             p, q = (torch.cat([x[:k], x[k:].sum()[None]]) for x in (p, q))
         size = max(len(p), len(q))
         p, q = (torch.cat([x, torch.zeros(size - len(x))]) for x in (p, q))
-        total = total + ties.difference(p, q).sum()
+        total = total + difference(p, q, flipped).sum()
     return total
 
 
-def multilevel_ot(student: Side, teacher: Side, options: dict[str, Any], ties: Ties) -> Tensor:
+def multilevel_ot(student: Side, teacher: Side, options: dict[str, Any], flipped: bool) -> Tensor:
     """Absolute differences and logarithmic costs of equal places, and Sinkhorn over the response."""
     p, q = (side.probs.sort(descending=True)[0][:, : options["top_k"]] for side in (student, teacher))
     n = min(len(p), len(q))
-    total = ties.difference(p[:n], q[:n]).sum() - options["logarithmic_weight"] * (q[:n] * p[:n].log()).sum()
-    cost = ties.difference(p[:, None], q[None]).sum(-1)
+    total = difference(p[:n], q[:n], flipped).sum() - options["logarithmic_weight"] * (q[:n] * p[:n].log()).sum()
+    cost = difference(p[:, None], q[None], flipped).sum(-1)
     plan = torch.exp(-cost / options["epsilon"])
     for _ in range(options["iterations"]):
         plan = plan / plan.sum(1, keepdim=True)

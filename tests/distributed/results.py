@@ -76,11 +76,16 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor], chance: Mapp
     )
 
 
-def metric_distance(found: list[dict[str, float]], expected: list[dict[str, float]]) -> float:
-    """The largest distance over steps and metrics of ``expected``, relative where a metric is above 1."""
+def metric_distance(
+    found: list[dict[str, float]], expected: list[dict[str, float]], chance: list[dict[str, float]] | None = None
+) -> float:
+    """The largest distance over steps and metrics of ``expected``, relative where a metric is above 1.
+
+    ``chance``: how far each may be off by what rounding decides.
+    """
     assert len(found) == len(expected)
     return max(
-        abs(here[name] - value) / max(1.0, abs(value))
-        for here, there in zip(found, expected, strict=True)
+        max(0.0, abs(here[name] - value) - free.get(name, 0.0)) / max(1.0, abs(value))
+        for here, there, free in zip(found, expected, chance or [{}] * len(expected), strict=True)
         for name, value in there.items()
     )

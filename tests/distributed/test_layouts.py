@@ -15,7 +15,7 @@ from tests.distributed import plain, plain_weights
 from tests.distributed.conftest import Launches
 from tests.distributed.jobs import LAYOUTS, NUM_STEPS, VARIANTS
 from tests.distributed.results import Observed, distance, exported, metric_distance, read
-from tests.distributed.world import TOLERANCE
+from tests.distributed.world import MAX_LENGTH, TOLERANCE
 
 Plain = Callable[[str], plain.Trained]
 
@@ -112,8 +112,10 @@ def test_cached_and_online_models_give_the_same_step(
 @pytest.mark.parametrize(("layout", "method"), [case for case in _trained() if at_reference(case.values[1])])
 def test_first_loss_is_ln_2_where_the_policy_is_its_reference(layout: str, method: str, launches: Launches) -> None:
     first = job(launches, layout, method).metrics[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["margin"] == pytest.approx(0, abs=1e-5)
+    # Rewards of the cache were computed in other microbatches: sums over up to 66 tokens of about ln 120, times beta.
+    off = 0.1 * 2 * MAX_LENGTH * math.log(120) * TOLERANCE
+    assert first["margin"] == pytest.approx(0, abs=off)
+    assert first["loss"] == pytest.approx(math.log(2), abs=off / 2)
 
 
 # By methods whose weights are logged, the weighting; that of TIS-DPO has weights of tokens.

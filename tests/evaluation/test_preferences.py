@@ -19,9 +19,12 @@ from ctpd_nemo.evaluation.model import load_model
 from ctpd_nemo.evaluation.preferences import evaluate_folder
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld, build_tiny_world
 from ctpd_nemo.pipeline.tiny_world.models import ModelSize
+from tests.rounding import of_model
 
 Rows = list[dict[str, Any]]
 SIZE = ModelSize(num_layers=2, hidden_size=64, ffn_hidden_size=96)
+# Of a model of two layers, whose products have sums of 96 terms at the most.
+TOLERANCE = of_model(2, 96)
 COIN = {"role": "user", "content": "Heads or tails?"}
 
 
@@ -154,10 +157,12 @@ def test_every_number_equals_the_slow_one(world: TinyWorld, rows: Rows, student:
     }
     assert found.n == len(rows)
     assert found.skipped == {}
+    # Differences are as far off as what they are taken between.
+    off = 4 * TOLERANCE * max(abs(sum(part)) for both in (*pairs, *reference) for part in both)
     for name, values in expected.items():
-        assert getattr(found, name) == pytest.approx(mean(values), rel=1e-5, abs=1e-5), name
+        assert getattr(found, name) == pytest.approx(mean(values), rel=TOLERANCE, abs=off), name
         error = standard_error(values, [row["fact"] for row in rows])
-        assert found.standard_errors[name] == pytest.approx(error, rel=1e-5, abs=1e-5), name
+        assert found.standard_errors[name] == pytest.approx(error, rel=TOLERANCE, abs=off), name
         assert found.facts[name] == len({row["fact"] for row in rows}) < found.counts[name] == len(rows)
     assert found.standard_errors.keys() == expected.keys()
     assert [sample.response for sample in found.samples] == responses[:10]
@@ -178,7 +183,7 @@ def test_batches_and_limits_change_nothing_else(world: TinyWorld, student: Path)
     assert one["n"] == many["n"] == 15
     assert one["samples"] == many["samples"]
     for name in ("preference_accuracy", "chosen_logprob", "rejected_logprob", "answer_accuracy"):
-        assert one[name] == pytest.approx(many[name], rel=1e-5)
+        assert one[name] == pytest.approx(many[name], rel=2 * TOLERANCE)
     assert many == numbers(batch_size=100)
     assert json.loads(json.dumps(many)) == many
 
@@ -229,7 +234,7 @@ def test_a_flat_model_costs_the_logarithm_of_the_vocabulary(world: TinyWorld, ro
     lengths = [len(token_ids(tokenizer, row["prompt"], row["chosen"][0]["content"])[1]) for row in rows]
     found = evaluate_folder(folder, world.test, max_new_tokens=1)
     assert found.chosen_logprob == pytest.approx(
-        -mean([float(n) for n in lengths]) * math.log(len(tokenizer)), rel=1e-5
+        -mean([float(n) for n in lengths]) * math.log(len(tokenizer)), rel=TOLERANCE
     )
     without_end = evaluate_folder(folder, world.test, max_new_tokens=1, include_eos=False)
     assert found.chosen_logprob - without_end.chosen_logprob == pytest.approx(-math.log(len(tokenizer)), rel=1e-4)

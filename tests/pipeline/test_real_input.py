@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline
 from tests.pipeline.recipe import composed
 from tests.pipeline.tool import run_tool
+from tests.rounding import of_long_sum, of_model
 
 MAX_LENGTH = 256
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -31,8 +32,12 @@ _SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_e
 _ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
 _ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 # Rows of the embedding: Qwen2.5 has more than tokens, Llama 3 just as many.
-TEACHER = Qwen2Config(**_SIZES, vocab_size=152064)
+WORDS = 152064
+TEACHER = Qwen2Config(**_SIZES, vocab_size=WORDS)
 STUDENT = LlamaConfig(**_SIZES, vocab_size=128256, rope_parameters=_ROPE)
+
+# Of a model of two layers, whose products have sums of 48 terms at the most.
+TOLERANCE = of_model(2, 48)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,6 +131,11 @@ def encoded_pairs(finished: Finished) -> Iterator[EncodedPair]:
         yield pair
 
 
+def of_words(response: EncodedResponse) -> float:
+    """How far a span's score may be off by the sums over all words, of each of its tokens."""
+    return int(np.bincount(response.reference.response_span).max()) * of_long_sum(WORDS)
+
+
 def test_every_stage_is_done_on_all_pairs(finished: Finished) -> None:
     assert list(finished.results) == ["sft_teacher", "sft_student", "dpo_positive", "dpo_negative", "score", "ctpd"]
     for name in finished.results:
@@ -150,7 +160,7 @@ def test_span_scores_are_those_of_transformers(finished: Finished) -> None:
             at = len(tokens.prompt_ids) - 1 + torch.arange(len(tokens.response_ids))
             expected = torch.zeros(response.n_spans, dtype=torch.float64)
             expected.index_add_(0, torch.tensor(tokens.response_span).long(), logprobs[at, ids[at + 1]])
-            np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-4)
+            np.testing.assert_allclose(found, expected.numpy(), rtol=TOLERANCE, atol=of_words(response))
             split += len(response.policy.response_ids) != len(tokens.response_ids)
     # The two tokenizers do cut these responses in different ways.
     assert split > 8
@@ -179,10 +189,11 @@ def test_two_processes_get_the_same_models_and_scores(finished: Finished, tmp_pa
             one = load_file(result.output / "model.safetensors")
             two = load_file(tmp_path / "run" / name / "export/model.safetensors")
             for tensor, values in one.items():
-                assert (two[tensor] - values).norm() <= 1e-5 * values.norm(), f"{name}: {tensor}"
+                assert (two[tensor] - values).norm() <= 2 * TOLERANCE * values.norm(), f"{name}: {tensor}"
+    off = 2 * max(of_words(response) for pair in encoded_pairs(finished) for response in (pair.chosen, pair.rejected))
     for role in ("reference", "positive", "negative"):
         one_scores, two_scores = scores(finished.run_dir, role), scores(tmp_path / "run", role)
         assert one_scores.keys() == two_scores.keys()
         for pair_id, sides in one_scores.items():
             for found, expected in zip(two_scores[pair_id], sides, strict=True):
-                np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+                np.testing.assert_allclose(found, expected, rtol=2 * TOLERANCE, atol=off)

@@ -13,6 +13,7 @@ from ctpd_nemo.pipeline.score_cache import read_manifest
 from ctpd_nemo.pipeline.stages import StageResult, run_pipeline, stage_config
 from ctpd_nemo.planner.jobs import find_jobs
 from tests.pipeline.recipe import composed, recipe, small_world
+from tests.rounding import of_model
 
 NO_TEACHER_PAIR = ["stages.dpo_positive=null", "stages.dpo_negative=null"]
 STUDENT_PAIR = [
@@ -131,9 +132,11 @@ def test_stages_of_the_students_family_run_and_a_new_weighting_trains_the_studen
         for name, role in (("score", "margin"), ("score_student", "student"))
     ]
     assert [len(row) for row in spans[0]["chosen"]] == [len(row) for row in spans[1]["chosen"]]
-    assert first_loss(run_dir / "tis_dpo") == pytest.approx(math.log(2), abs=1e-6)
-    assert first_loss(run_dir / "ctpd") != pytest.approx(math.log(2), abs=1e-3)
+    # The cache was computed in other microbatches: a hundred tokens of a few nats, off by rounding, times beta.
+    near = 0.1 * 100 * 5 * of_model(2, 48)
+    assert first_loss(run_dir / "tis_dpo") == pytest.approx(math.log(2), abs=near)
+    assert first_loss(run_dir / "ctpd") != pytest.approx(math.log(2), abs=10 * near)
     other = ["+stages.ctpd.method.weights=contrastive_student", "+stages.ctpd.method.reference_model=student"]
     again = run_pipeline(composed("pipeline", [*overrides, *other]))
     assert [name for name, result in again.items() if not result.skipped] == ["ctpd"]
-    assert first_loss(run_dir / "ctpd") == pytest.approx(math.log(2), abs=1e-6)
+    assert first_loss(run_dir / "ctpd") == pytest.approx(math.log(2), abs=near)

@@ -19,9 +19,11 @@ from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.pipeline.recipe import SMALL_BATCHES, composed, small_world
+from tests.rounding import of_model
 
 ROLES = ("reference", "positive", "negative")
-TOLERANCE = 1e-5
+# Of log-probs of two models of two layers, whose products have sums of 48 terms at the most.
+TOLERANCE = 2 * of_model(2, 48)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def assert_close(cache: Path, other: Path) -> None:
         assert table["pair_id"] == two[name]["pair_id"]
         for response in ("chosen", "rejected"):
             for mine, theirs in zip(table[response], two[name][response], strict=True):
-                assert np.abs(np.subtract(mine, theirs)).max() < TOLERANCE
+                np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
