@@ -161,8 +161,7 @@ def _rebuild(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> St
     if len(shape) > _MOST_DIMS or len(shape) != len(stride):
         raise ValueError("a tensor of so many dimensions")
     # A stride of 0 would make many elements of one.
-    elements = max(math.prod(shape), offset + tensor.reach)
-    if elements * dtype.itemsize > storage.bytes:
+    if math.prod(shape) > tensor.reach or (offset + tensor.reach) * dtype.itemsize > storage.bytes:
         raise ValueError(f"a tensor of shape {shape[:8]}, of which there are {storage.bytes:,} bytes")
     return tensor
 

@@ -34,8 +34,9 @@ _SUMS = ".sums-"
 _WRITING, _REPLACED, _REMOVING, _DAMAGED = ".writing-", ".replaced", ".removing", ".damaged"
 _THREADS = 4
 _CHUNK = 2**20
-# 170 bytes for each file, of which a rank writes a few.
-_LARGEST_MANIFEST = 2**24
+# Files that are read whole: they are refused by size before they are read or summed. The index of a dense model of 70
+# billion parameters on 1,024 devices has 8 MB, the manifest 170 bytes for each file, of which a rank writes a few.
+_LARGEST = {".metadata": 2**26, "common.pt": 2**26, "metadata.json": 2**16, _MANIFEST: 2**24}
 
 Sums = dict[str, dict[str, Any]]
 
@@ -285,7 +286,7 @@ def read_manifest(folder: Path) -> Sums:
         raise InputError(str(folder), f"a folder without {_MANIFEST}", "a checkpoint folder written by training")
     try:
         size = path.lstat().st_size
-        if size > _LARGEST_MANIFEST:
+        if size > _LARGEST[_MANIFEST]:
             raise ValueError(f"of {size:,} bytes")
         with open_file(path, size) as file:
             manifest = json.loads(file.read())
@@ -296,6 +297,10 @@ def read_manifest(folder: Path) -> Sums:
         good = False
     if not good:
         raise InputError(str(path), "no manifest, or a damaged one", "the manifest of a checkpoint")
+    for name in _LARGEST.keys() & files.keys():
+        if files[name]["bytes"] > _LARGEST[name]:
+            found = f"{files[name]['bytes']:,} bytes"
+            raise InputError(str(folder / name), found, f"{_LARGEST[name]:,} bytes at most, as such files have")
     return files
 
 

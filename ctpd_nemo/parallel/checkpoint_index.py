@@ -26,11 +26,13 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.checkpoint_archives import TENSOR_NAMES
 from ctpd_nemo.parallel.checkpoint_pickles import Call, Names, Record, read_pickle, records, refusal, whole_numbers
 
-# 170,000 pieces of tensors; a dense model of 70 billion parameters on 1,024 devices has 20,000.
-LARGEST_INDEX = 2**26
 # What ``torch.save`` writes beside the bytes of a tensor: some 1,600, and room up to the next multiple of 64.
 _LARGEST_FRAME = 2**16
-_LARGEST_OBJECT = 2**26
+# All objects together are held in memory; random states and FP8 scales have some kilobytes each.
+_LARGEST_OBJECTS = 2**28
+# There are some 150 for each piece of a tensor; so many take less than a minute and 3 GB.
+_MOST_OPERATIONS = 32_000_000
+_SMALL = 2**20
 _MOST = 2**48
 _MOST_DIMS = 5
 
@@ -114,7 +116,10 @@ def read_index(content: bytes, place: str, files: Mapping[str, int]) -> Index:
     Raises:
         InputError: It asks for anything but its records, is damaged, or claims what the files do not hold.
     """
-    return _Reader(place, files).read(read_pickle(content, place, _NAMES))
+    # Each piece of a tensor has 1,600 bytes in the files beside its elements, and 400 in the index.
+    if len(content) > _SMALL + sum(files.values()) - len(content):
+        raise refusal(place, f"an index of {len(content):,} bytes for files of fewer")
+    return _Reader(place, files).read(read_pickle(content, place, _NAMES, most=_MOST_OPERATIONS))
 
 
 class _Reader:
@@ -124,6 +129,7 @@ class _Reader:
         self._place = place
         self._files = files
         self._pieces = 0
+        self._object_bytes = 0
 
     def read(self, root: Any) -> Index:
         state = self._state(root, "Metadata")
@@ -212,8 +218,9 @@ class _Reader:
         if record.kind == "BytesStorageMetadata":
             if record.arguments or record.state:
                 raise self._refusal(f"an index that says more of {key} than that it is an object")
-            if self._entry_of(MetadataIndex(key), entries).length > _LARGEST_OBJECT:
-                raise self._refusal(f"an object {key} of more than {_LARGEST_OBJECT:,} bytes")
+            self._object_bytes += self._entry_of(MetadataIndex(key), entries).length
+            if self._object_bytes > _LARGEST_OBJECTS:
+                raise self._refusal(f"objects of more than {_LARGEST_OBJECTS:,} bytes")
             return BytesStorageMetadata()
         state = self._state(record, "TensorStorageMetadata")
         dtype = self._dtype(state.get("properties"))

@@ -19,8 +19,8 @@ from ctpd_nemo.errors import InputError
 
 KNOWN = "a checkpoint of Megatron-Core's torch_dist format, which asks for nothing but its own records"
 
-# An index has some 150 for each piece of a tensor; this many take less than a minute and 3 GB.
-_MOST_OPERATIONS = 32_000_000
+# Operations that a pickle may have; so many take two seconds and 200 MB, at most.
+_MOST_OPERATIONS = 2_000_000
 # ``torch.save`` writes 2, ``pickle.dump`` what is Python's default: 4, from 3.14 on 5.
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 # Keys that hash in no time whatever they hold. Records do by what they are, not by what they say.
@@ -77,7 +77,13 @@ def whole_numbers(value: Any, largest: int) -> tuple[int, ...]:
     return value
 
 
-def read_pickle(content: bytes | BinaryIO, place: str, names: Names, persistent: Call | None = None) -> Any:
+def read_pickle(
+    content: bytes | BinaryIO,
+    place: str,
+    names: Names,
+    persistent: Call | None = None,
+    most: int = _MOST_OPERATIONS,
+) -> Any:
     """The value that a pickle describes.
 
     Args:
@@ -85,6 +91,7 @@ def read_pickle(content: bytes | BinaryIO, place: str, names: Names, persistent:
         place: For errors.
         names: What it may ask for.
         persistent: Makes values of persistent ids, where there may be some.
+        most: So many operations, at most.
 
     Raises:
         InputError: It asks for anything else, or is damaged.
@@ -92,7 +99,7 @@ def read_pickle(content: bytes | BinaryIO, place: str, names: Names, persistent:
     stream = io.BytesIO(content) if isinstance(content, bytes) else content
     machine = _Machine(place, names, persistent)
     try:
-        value = machine.run(stream)
+        value = machine.run(stream, most)
     except InputError:
         raise
     # Of ``pickletools``, of stacks and memos that lack something, and of calls with other arguments.
@@ -101,6 +108,10 @@ def read_pickle(content: bytes | BinaryIO, place: str, names: Names, persistent:
     if stream is not content and stream.read(1):
         raise refusal(place, "a pickle with more behind its end")
     return value
+
+
+class _Unknown:
+    """Stands for names that mean nothing here."""
 
 
 class _Machine:
@@ -114,12 +125,12 @@ class _Machine:
         self._below: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self, stream: BinaryIO) -> Any:
+    def run(self, stream: BinaryIO, most: int) -> Any:
         """Run a program up to its end."""
         first = stream.read(2)
         if first[:1] != pickle.PROTO or first[1:] not in _PROTOCOLS:
             raise self._refusal("a pickle of another protocol than 2 to 5")
-        for _ in range(_MOST_OPERATIONS):
+        for _ in range(most):
             code = stream.read(1)
             if code not in _OPERATIONS:
                 raise self._refusal(f"a pickle with the operation {_CODES[code].name if code in _CODES else code!r}")
@@ -131,7 +142,7 @@ class _Machine:
             else:
                 run(self, read(stream))
         else:
-            raise self._refusal(f"a pickle of more than {_MOST_OPERATIONS:,} operations")
+            raise self._refusal(f"a pickle of more than {most:,} operations")
         if self._below or len(self._stack) != 1:
             raise ValueError("it leaves more than one value")
         return self._stack[0]
@@ -238,10 +249,12 @@ class _Machine:
         self._named(module, name)
 
     def _named(self, module: str, name: str) -> None:
-        sys.audit("pickle.find_class", module, name)  # as Python's own readers do
-        if (module, name) not in self._names:
+        value = self._names.get((module, name), _Unknown)
+        if type(value) is Call or value is _Unknown:
+            sys.audit("pickle.find_class", module, name)  # as Python's own readers do
+        if value is _Unknown:
             raise self._refusal(f"a pickle that asks for {module}.{name}")
-        self._stack.append(self._names[module, name])
+        self._stack.append(value)
 
     def _call(self) -> None:
         called, arguments = self._last(2)

@@ -21,16 +21,12 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.checkpoint_archives import Part, StoredTensor, read_archive, read_object
 from ctpd_nemo.parallel.checkpoint_extra_state import ExtraState, is_extra_state, read_extra_state
 from ctpd_nemo.parallel.checkpoint_files import find_damage, open_file, read_manifest
-from ctpd_nemo.parallel.checkpoint_index import LARGEST_INDEX, read_index
+from ctpd_nemo.parallel.checkpoint_index import read_index
 from ctpd_nemo.parallel.checkpoint_pickles import refusal
 
 _INDEX, _COMMON, _FORMAT = ".metadata", "common.pt", "metadata.json"
 # Where Megatron-Core, from 0.19 on, has what was in ``common.pt``.
 _COMMON_OBJECT = "common_state/shard_0_1"
-_LARGEST_COMMON = 2**26
-_LARGEST_FORMAT = 2**16
-# An index has some 350 bytes for each piece of a tensor, and that has 1,600 beside its elements.
-_FEWEST_INDEX_BYTES = 2**16
 
 
 @dataclass
@@ -81,7 +77,7 @@ class CheckpointReader:
         with reading(self.folder):
             self._sizes = {name: file["bytes"] for name, file in read_manifest(self.folder).items()}
             self._check_format()
-            self._index = read_index(self._read_index(), str(self.folder / _INDEX), self._sizes)
+            self._index = read_index(self._read_file(_INDEX), str(self.folder / _INDEX), self._sizes)
             self.metadata = self._index.metadata
             objects = [index for index in self._index.entries if index not in self._index.pieces]
             self._objects = {index.fqn: self._read_object(index.fqn, part) for index, part in self._parts(objects)}
@@ -143,37 +139,28 @@ class CheckpointReader:
 
     def _check_format(self) -> None:
         path = self.folder / _FORMAT
-        content = json.loads(self._read_file(_FORMAT, _LARGEST_FORMAT))
-        backend = content.get("sharded_backend") if isinstance(content, dict) else content
+        content = json.loads(self._read_file(_FORMAT))
+        backend = content.get("sharded_backend") if isinstance(content, dict) else None
         if backend != "torch_dist":
             raise InputError(f"{path}, sharded_backend", repr(backend), "torch_dist")
 
-    def _read_index(self) -> bytes:
-        others = sum(size for name, size in self._sizes.items() if name != _INDEX)
-        return self._read_file(_INDEX, min(LARGEST_INDEX, max(_FEWEST_INDEX_BYTES, others)))
-
     def _read_common(self) -> dict[str, Any]:
         if _COMMON in self._sizes:
-            size = self._sizes[_COMMON]
-            if size > _LARGEST_COMMON:
-                raise refusal(str(self.folder / _COMMON), f"{size:,} bytes")
-            with open_file(self.folder / _COMMON, size) as file:
-                common = read_object(Part(file, 0, size, str(self.folder / _COMMON)))
+            path, size = self.folder / _COMMON, self._sizes[_COMMON]
+            with open_file(path, size) as file:
+                common = read_object(Part(file, 0, size, str(path)))
         else:
             (common,) = self._objects.get(_COMMON_OBJECT, [None])
         if type(common) is not dict:
             raise InputError(str(self.folder), "no common state", "that of a training run")
         return common
 
-    def _read_file(self, name: str, largest: int) -> bytes:
+    def _read_file(self, name: str) -> bytes:
         path = self.folder / name
         if name not in self._sizes:
             raise InputError(str(path), "no such file in the manifest", "a checkpoint of Megatron-Core")
-        size = self._sizes[name]
-        if size > largest:
-            raise refusal(str(path), f"{size:,} bytes")
-        with open_file(path, size) as file:
-            return bytes(Part(file, 0, size, str(path)).read(0, size))
+        with open_file(path, self._sizes[name]) as file:
+            return bytes(Part(file, 0, self._sizes[name], str(path)).read(0, self._sizes[name]))
 
     def _read_object(self, key: str, part: Part) -> list[Any]:
         value = read_object(part)

@@ -302,7 +302,7 @@ def _without_common_state(folder: Path) -> None:
     (folder / name).unlink()
 
 
-DAMAGED, OWN = "a checkpoint that cannot be read", "nothing but its own records"
+OWN = "nothing but its own records"
 CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
     "no folder": (shutil.rmtree, "step", "nothing", "a checkpoint folder written by training"),
     "an empty folder": (
@@ -311,10 +311,10 @@ CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
         "without manifest.json",
         "a checkpoint folder",
     ),
-    "no index": (_removed(".metadata"), "step", DAMAGED, "a whole one"),
-    "an empty index": (_bytes(".metadata", b""), "step", DAMAGED, "a whole one"),
-    "half an index": (_half(".metadata"), "step", DAMAGED, "a whole one"),
-    "an index that is another record": (_bytes(".metadata", pickle.dumps({})), "step", DAMAGED, "a whole one"),
+    "no index": (_removed(".metadata"), ".metadata", "no such file in the manifest", "a checkpoint of Megatron-Core"),
+    "an empty index": (_bytes(".metadata", b""), ".metadata", "a pickle of another protocol than 2 to 5", OWN),
+    "half an index": (_half(".metadata"), ".metadata", "a pickle that cannot be read", OWN),
+    "an index that is another record": (_bytes(".metadata", pickle.dumps({})), ".metadata", "an index with a dict", OWN),
     "an index that calls": (_bytes(".metadata", pickle.dumps(Evil())), ".metadata", "asks for posix.mkdir", OWN),
     "an index that calls by dots": (
         _bytes(".metadata", _named("torch.distributed.checkpoint.filesystem", "os.mkdir")),
@@ -323,10 +323,10 @@ CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
         OWN,
     ),
     "an index that reads elsewhere": (_elsewhere, ".metadata", "in '../__0_", "names of files in the same folder"),
-    "an object that calls": (_object(_saved([Evil()])), ".distcp", "unsupported GLOBAL posix.mkdir", OWN),
-    "a common state that is gone": (_without_common_state, "step", DAMAGED, "a whole one"),
-    "a common state that calls": (_bytes("common.pt", _saved(Evil())), "common.pt", "GLOBAL posix.mkdir", OWN),
-    "a common state of plain pickle": (_bytes("common.pt", pickle.dumps(Evil(), 2)), "common.pt", "posix.mkdir", OWN),
+    "an object that calls": (_object(_saved([Evil()])), ".distcp", "asks for posix.mkdir", OWN),
+    "a common state that is gone": (_without_common_state, "step", "no ", ""),
+    "a common state that calls": (_bytes("common.pt", _saved(Evil())), "common.pt", "asks for posix.mkdir", OWN),
+    "a common state of plain pickle": (_bytes("common.pt", pickle.dumps(Evil(), 2)), "common.pt", "no archive", OWN),
     "another backend": (
         _json("metadata.json", sharded_backend="zarr"),
         "metadata.json, sharded_backend",

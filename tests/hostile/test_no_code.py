@@ -25,7 +25,8 @@ from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.model import load_model
 from ctpd_nemo.models.ctpd import CTPDConfig
-from ctpd_nemo.parallel.checkpoint_pickles import check_pickles
+from ctpd_nemo.parallel.checkpoint_files import write_manifest
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader
 from ctpd_nemo.pipeline.export import ExportConfig, export
 from ctpd_nemo.pipeline.score_cache import ScoreReader, read_manifest
 from tests.hostile.caches import Evil
@@ -167,7 +168,11 @@ def test_a_checkpoint_may_hold_half_precision_and_text(scene: Scene, tmp_path: P
     content = {"a": torch.zeros(2, dtype=torch.bfloat16), "b": [1, "text", None, (2.5,)], "c": torch.Size([1])}
     folder = Path(shutil.copytree(scene.checkpoint, tmp_path / "checkpoint"))
     torch.save(content, folder / "common.pt")
-    check_pickles(folder)
+    (folder / "manifest.json").unlink()
+    write_manifest(folder)
+    found = CheckpointReader(folder).common()
+    assert torch.equal(found.pop("a"), content.pop("a"))
+    assert found == content
 
 
 @pytest.mark.parametrize("name", ESCAPES)
