@@ -46,6 +46,7 @@ class PairsConfig:
         max_length: Longest sequence, prompt and response.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or its path; null is each tokenizer's own.
+        chat_template_kwargs: Variables for it; null is what each folder was trained with.
     """
 
     file: str | None = None
@@ -57,6 +58,7 @@ class PairsConfig:
     max_length: int = 2048
     include_eos: bool = True
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 @dataclass

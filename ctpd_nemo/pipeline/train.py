@@ -32,6 +32,7 @@ from ctpd_nemo.pipeline.pace import PaceWatch
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.top_k_cache import TopKReader
+from ctpd_nemo.pipeline.trained_side import check_beside
 from ctpd_nemo.pipeline.trainer import build_trainer
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     weighted = run.method if isinstance(run.method, WeightedConfig) else None
     beside = method.two_sided and reference == "online" and (weighted is None or "reference" in weighted.sides())
     data = RunData(run, method.responses, method.two_sided, online=beside)
+    check_beside(run.policy_side(), data.policy, f"model.{run.policy}")
     folders = _starting_weights(run, data)
     for role, path in folders.items():
         reads_as_policy = role == "policy" or (role in ROLES and ROLES[role].side == "policy")
