@@ -129,7 +129,7 @@ def _replace_template(folder: Path, template: str) -> None:
     named = config.pop("chat_template")
     for one in named if isinstance(named, list) else ():
         name, text = (one.get(key) if isinstance(one, dict) else None for key in ("name", "template"))
-        if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name:
+        if not isinstance(name, str) or not isinstance(text, str) or not name or Path(name).name != name:
             raise InputError(f"{path}, chat_template", repr(one), "templates, each with a name and its text")
         if name != "default":
             (folder / "additional_chat_templates").mkdir(exist_ok=True)

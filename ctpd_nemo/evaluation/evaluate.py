@@ -49,6 +49,7 @@ class PairsConfig:
         max_length: Longest sequence, prompt and response.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or its path; null is each tokenizer's own.
+        chat_template_kwargs: Variables for it; null is what each folder was trained with.
         on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
     """
 
@@ -61,6 +62,7 @@ class PairsConfig:
     max_length: int = 2048
     include_eos: bool = True
     chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     on_bad: str = "stop"
 
 

@@ -191,9 +191,17 @@ def generate(
             output = model.generate(input_ids, attention_mask=mask)
             for index, ids in zip(batch, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-                text = str(side.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-                responses[index] = Generation(text, ids[:end], end < len(ids))
+                response = _without_end(ids[:end], side.end_of_turn_ids.tolist(), ids[end : end + 1])
+                text = str(side.tokenizer.decode(response, clean_up_tokenization_spaces=False))
+                responses[index] = Generation(text, response, end < len(ids))
     return responses
+
+
+def _without_end(ids: list[int], end_of_turn: list[int], stop: list[int]) -> list[int]:
+    """The tokens before a stop without those that an end of turn of several tokens has before it."""
+    before = end_of_turn[:-1]
+    ended = bool(before) and stop == end_of_turn[-1:] and ids[-len(before) :] == before
+    return ids[: -len(before)] if ended else ids
 
 
 def _padded(rows: Sequence[NDArray[np.int32]], side: str, model: CausalModel) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.evaluation.base_models import RECORD, read_json
 
 # What needs transformers is imported where it is used: it takes seconds to load.
 if TYPE_CHECKING:
@@ -77,13 +78,29 @@ def read_rows(
 
 
 def pair_encoder(
-    folder: Path, chat_template: str | Path | None, max_length: int, include_eos: bool, on_bad: str = "stop"
+    folder: Path,
+    chat_template: str | Path | None,
+    max_length: int,
+    include_eos: bool,
+    variables: Mapping[str, Any] | None = None,
+    on_bad: str = "stop",
 ) -> PairEncoder:
     from ctpd_nemo.data.encode import PairEncoder
     from ctpd_nemo.data.templates import Side
     from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 
-    return PairEncoder(Side(load_tokenizer(str(folder)), chat_template), None, include_eos, max_length, on_bad=on_bad)
+    given = trained_variables(folder) if variables is None else variables
+    side = Side(load_tokenizer(str(folder)), chat_template, given)
+    return PairEncoder(side, None, include_eos, max_length, on_bad=on_bad)
+
+
+def trained_variables(folder: Path) -> dict[str, Any]:
+    """What the chat template of an export was given when it was trained."""
+    record = read_json(folder / RECORD)
+    found: Any = record.get("config")
+    for key in ("model", record.get("policy"), "chat_template_kwargs"):
+        found = found.get(key) if isinstance(found, dict) and isinstance(key, str) else None
+    return found if isinstance(found, dict) else {}
 
 
 def encode_rows(

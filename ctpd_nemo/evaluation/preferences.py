@@ -7,7 +7,7 @@ model, in its parallel layouts or in its export shows.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,7 @@ def evaluate_folder(
     max_length: int = 2048,
     include_eos: bool = True,
     chat_template: str | Path | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     device: str | None = "auto",
     limit: int | None = None,
     sample_seed: int | None = None,
@@ -134,6 +135,7 @@ def evaluate_folder(
             responses are cut, as in training.
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or the path of one, for both folders; by default each tokenizer's own.
+        chat_template_kwargs: Variables for it, likewise; by default those that each folder was trained with.
         device: As ``torch`` names it; ``auto`` is a GPU where there is one.
         limit: Only the first so many pairs.
         sample_seed: Also answer by sampling, from this seed; ``None`` for greedy answers alone.
@@ -152,7 +154,9 @@ def evaluate_folder(
     if reference is not None and Path(reference).resolve() != Path(folder).resolve():
         folders.append(Path(reference))
     longest = min(max_length, *(positions(path) or max_length for path in folders))
-    encoders = [pair_encoder(path, chat_template, longest, include_eos, on_bad) for path in folders]
+    encoders = [
+        pair_encoder(path, chat_template, longest, include_eos, chat_template_kwargs, on_bad) for path in folders
+    ]
     rows, bad = read_rows(pairs_file, limit, encoders, on_bad)
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
     skipped += bad

@@ -43,6 +43,7 @@ from ctpd_nemo.pipeline.preflight import (
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
 from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.top_k_cache import TopKReader
+from ctpd_nemo.pipeline.trained_side import check_beside
 from ctpd_nemo.pipeline.trainer import build_trainer
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
     check_job(run)
     set_deterministic(run.deterministic)
     method, data = method_of(run), open_data(run)
+    check_beside(run.policy_side(), data.policy, f"model.{run.policy}")
     check_models(run, data.encoder.policy, data.encoder.reference)
     reference = getattr(run.method, "reference", None)
     weighted = run.method if isinstance(run.method, WeightedConfig) else None

@@ -1,11 +1,12 @@
 """How the model of a run reads: the tokenizer and the template it was trained with, found again for its export."""
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctpd_nemo.convert.companions import ReaderFiles, stated_stop_ids
+from ctpd_nemo.convert.companions import ReaderFiles, copy_companions, stated_stop_ids
 from ctpd_nemo.data.templates import Side, tokenizer_fingerprint
 from ctpd_nemo.data.tokenizer_folder import load_tokenizer
 from ctpd_nemo.errors import InputError
@@ -58,6 +59,34 @@ class TrainedSide:
             stop_ids=list(dict.fromkeys(stops)),
             token_ids={} if own else {name: index for name, index in ids.items() if index is not None},
         )
+
+
+def check_beside(config: SideConfig, side: Side, key: str) -> None:
+    """Stop where a tokenizer of another folder would be another one beside the weights: known before it is trained.
+
+    By the kind of model that lies beside it, transformers puts rules of its own into a tokenizer.
+
+    Args:
+        config: Of the model that is trained.
+        side: How it reads.
+        key: Of its config, for errors.
+
+    Raises:
+        InputError: It would.
+    """
+    if (
+        config.tokenizer is None
+        or config.path is None
+        or Path(config.tokenizer).resolve() == Path(config.path).resolve()
+    ):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files = TrainedSide(side, Path(config.tokenizer), None).files(Path(config.path))
+        copy_companions(Path(config.path), Path(folder), None, files)
+        beside = tokenizer_fingerprint(load_tokenizer(folder))
+    if beside != side.tokenizer_fingerprint:
+        found = f"{config.tokenizer}, which transformers reads otherwise beside the config.json of {config.path}"
+        raise InputError(f"{key}.tokenizer", found, "a tokenizer that an export reads as it was trained")
 
 
 def find_side(
