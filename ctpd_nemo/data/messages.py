@@ -16,6 +16,8 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What a reader who does not see it misunderstands: it is rendered, or the row is not used.
 MEANT_IN_ROWS = frozenset({"tools", "functions", "documents", *MEDIA})
 MEANT_IN_MESSAGES = frozenset({"name", "refusal", *CALLS, *REASONING, *MEDIA})
+# Lists and objects in each other, of a field that is kept.
+_DEEPEST = 64
 # Lists of objects to templates, and often text in files, whose columns have one type.
 _LISTS = ("tools", "documents", "tool_calls")
 
@@ -222,6 +224,8 @@ def kept_values(values: Mapping[str, Any], field: str) -> dict[str, Any]:
             value = _list_of_objects(value, place)
             if not value:
                 continue
+        if _is_deep(value):
+            raise RowError("wrong_type", f"more than {_DEEPEST} lists or objects in each other", "fewer", place)
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -230,6 +234,13 @@ def kept_values(values: Mapping[str, Any], field: str) -> dict[str, Any]:
             raise RowError("wrong_type", f"a value that is no JSON ({error})", "JSON", place) from None
         kept[name] = value
     return kept
+
+
+def _is_deep(value: Any, left: int = _DEEPEST) -> bool:
+    """Whether lists and objects stand in each other beyond what is read."""
+    if not isinstance(value, list | dict):
+        return False
+    return left == 0 or any(_is_deep(part, left - 1) for part in (value.values() if isinstance(value, dict) else value))
 
 
 def _list_of_objects(value: Any, field: str) -> list[Any]:

@@ -285,7 +285,7 @@ def no_usable_pair(place: str, skipped: Counter[str], why: str = "") -> InputErr
         why: More of the first of them, where there is more to say.
     """
     reasons = ", ".join(f"{reason} {count}" for reason, count in skipped.most_common())
-    found = f"no usable pair among the first {skipped.total()} ({reasons})" + (f"; the first: {why}" if why else "")
+    found = f"0 pairs, {skipped.total()} skipped ({reasons}), of those that come first" + (f": {why}" if why else "")
     return InputError(place, found, "pairs that can be trained on, within data.max_length and data.max_prompt_length")
 
 

@@ -1,5 +1,6 @@
 """Readers of files that anything may be written into: what cannot be read is an ``InputError``, and nothing else."""
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from megatron.core.dist_checkpointing.strategies import common
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
+from ctpd_nemo.data.encode import SKIP_REASONS, EncodedPair, PairEncoder, Skipped
 from ctpd_nemo.data.forms import PreferencePair, RowError, parse_pair
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
@@ -25,6 +27,7 @@ from ctpd_nemo.parallel.checkpoint_files import write_manifest
 from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader
 from ctpd_nemo.pipeline.score_cache import ScoreReader, read_manifest
 from ctpd_nemo.spans import align
+from tests.data.conversations import TEMPLATES
 from tests.fuzz import fuzz
 from tests.hostile.case import Scene
 from tests.hostile.rows import GOOD
@@ -103,6 +106,58 @@ def test_any_bytes_of_json_lines(tmp_path: Path, on_bad: str, edits: list[Any]) 
     whole = b"".join(json.dumps({**GOOD, "id": f"é{row}"}, ensure_ascii=False).encode() + b"\n" for row in range(4))
     (tmp_path / "pairs.jsonl").write_bytes(edited(whole, edits))
     read(lambda: list(open_preferences(tmp_path / "pairs.jsonl", on_bad=on_bad)))
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl.gz"])
+@fuzz(60)
+@given(edits=EDITS)
+def test_any_bytes_of_a_list_or_of_gzip(tmp_path: Path, name: str, edits: list[Any]) -> None:
+    rows = [{**GOOD, "id": f"é{row}"} for row in range(4)]
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    whole = json.dumps({"data": rows}, indent=1).encode() if name.endswith("json") else gzip.compress(lines)
+    (tmp_path / name).write_bytes(edited(whole, edits))
+    read(lambda: list(open_preferences(tmp_path / name, on_bad="skip")))
+
+
+@pytest.fixture(scope="module")
+def encoders(whole: Scene) -> list[PairEncoder]:
+    """Templates that read tools and calls, and all there is."""
+    tokenizer = load_tokenizer(str(whole.world.student))
+    return [
+        PairEncoder(Side(tokenizer, TEMPLATES[name]), None, True, 512, on_bad="skip")
+        for name in ("tools", "reasoning", "everything")
+    ]
+
+
+@fuzz(60)
+@given(
+    columns=st.dictionaries(st.sampled_from(["tools", "documents", "images", "mood", "id"]), JSON),
+    asked=st.dictionaries(st.sampled_from(["name", "tool_calls", "content", "x"]), JSON),
+    answered=st.dictionaries(st.sampled_from(["reasoning_content", "thinking", "tool_calls", "content", "x"]), JSON),
+)
+def test_any_fields_beside_the_text_are_rendered_or_refused(
+    encoders: list[PairEncoder], tmp_path: Path, columns: Any, asked: Any, answered: Any
+) -> None:
+    chosen = {"role": "assistant", "content": "The Baltic.", **answered}
+    row = {**columns, "prompt": [{"role": "user", "content": "?", **asked}], "chosen": [chosen], "rejected": "Paris."}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(GOOD) + "\n")
+    for encoder in encoders:
+        dataset = open_preferences(tmp_path / "pairs.jsonl", on_bad="skip", kept=encoder.kept)
+        found = encoder.encode(range(len(dataset)), dataset[:])
+        assert isinstance(found[-1], EncodedPair)
+        for pair in found:
+            assert not isinstance(pair, Skipped) or (pair.reason in SKIP_REASONS and "\n" not in pair.why)
+
+
+def test_fields_in_each_other_without_end_are_refused(encoders: list[PairEncoder], tmp_path: Path) -> None:
+    for depth in (30, 60, 70, 300, 900):
+        tools = '[{"a": ' + "[" * depth + "]" * depth + "}]"
+        for given_as in (tools, json.dumps(tools)):
+            row = '{"prompt": "?", "chosen": "a", "rejected": "b", "tools": ' + given_as + "}"
+            (tmp_path / "pairs.jsonl").write_text(row + "\n" + json.dumps(GOOD) + "\n")
+            dataset = open_preferences(tmp_path / "pairs.jsonl", on_bad="skip", kept=encoders[0].kept)
+            found = encoders[0].encode(range(len(dataset)), dataset[:])
+            assert [type(pair) for pair in found] == [EncodedPair] * (2 if depth <= 60 else 1)
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_a_run_whose_first_pairs_are_all_unusable_stops_before_it_begins(
 ) -> None:
     for module in ("train", "score"):
         monkeypatch.setattr(f"ctpd_nemo.pipeline.{module}.build_trainer", lambda *_, **__: pytest.fail("it began"))
-    told = r"train\.jsonl: found no usable pair among the first 24 \(prompt_too_long 24\); expected pairs that can be"
+    told = r"train\.jsonl: found 0 pairs, 24 skipped \(prompt_too_long 24\), of those that come first; expected pairs"
     sft = [*small_job(world, tmp_path / "run", "sft"), "data.max_prompt_length=2"]
     jobs: dict[str, Callable[[], Any]] = {
         "sft": lambda: run(sft),
