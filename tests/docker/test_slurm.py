@@ -121,7 +121,7 @@ def test_a_submission_that_slurm_refuses_ends_the_chain(stubs: Stubs) -> None:
 def test_a_job_runs_the_entry_point_once_a_node_and_ends_as_it_ends(stubs: Stubs, status: int) -> None:
     stubs.add("srun", f"exit {status}")
     with stubs.start(JOB, "experiment=tiny", "only=[score]", **JOB_VARIABLES) as job:
-        assert job.wait(30) == status
+        assert job.wait(600) == status
     (call,) = stubs.calls()
     entrypoint = str(ROOT / "docker/entrypoint.sh")
     assert call[call.index(entrypoint) :] == [entrypoint, "pipeline", "experiment=tiny", "only=[score]"]
@@ -132,7 +132,7 @@ def test_with_an_image_the_entry_point_is_the_containers(stubs: Stubs) -> None:
     stubs.add("srun")
     image = {"CTPD_IMAGE": "/images/ctpd.sqsh", "CTPD_MOUNTS": "/lustre:/lustre"}
     with stubs.start(JOB, "only=[score]", **JOB_VARIABLES, **image) as job:
-        assert job.wait(30) == 0
+        assert job.wait(600) == 0
     (call,) = stubs.calls()
     assert {"--container-image=/images/ctpd.sqsh", "--container-mounts=/lustre:/lustre"} <= set(call)
     assert call[-3:] == ["/opt/ctpd_nemo/docker/entrypoint.sh", "pipeline", "only=[score]"]
@@ -152,7 +152,7 @@ def test_before_its_time_is_up_a_job_stops_its_tools_and_goes_back_into_the_queu
             assert job.poll() is None
             time.sleep(0.02)
         job.send_signal(signal.SIGTERM)
-        assert job.wait(30) == (143 if requeued else 0)
+        assert job.wait(600) == (143 if requeued else 0)
     assert (stubs.folder / "stopped").exists()
     asked = ["scancel", "--signal=TERM", "77"]
     assert stubs.calls()[1:] == ([asked, ["scontrol", "requeue", "77"]] if requeued else [asked])
@@ -169,7 +169,7 @@ def fails(stubs: Stubs, *arguments: str, writes: str = "", status: int = 7, **en
     stubs.add("srun", f'[[ ! "{writes}" ]] || {{ mkdir -p "$(dirname "{writes}")"; : > "{writes}"; }}; exit {status}')
     stubs.add("scontrol")
     with stubs.start(JOB, *arguments, **JOB_VARIABLES, **environment) as job:
-        return job.wait(30)
+        return job.wait(600)
 
 
 def requeues(stubs: Stubs) -> int:
@@ -229,7 +229,7 @@ def test_a_request_that_slurm_refuses_leaves_the_status_of_the_step(stubs: Stubs
     stubs.add("srun", f"mkdir -p $(dirname {LATEST}); : > {LATEST}; exit 7")
     stubs.add("scontrol", "exit 1")
     with stubs.start(JOB, *OF_RUN_A, **JOB_VARIABLES) as job:
-        assert job.wait(30) == 7
+        assert job.wait(600) == 7
 
 
 @pytest.mark.parametrize("experiment", [None, *sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))])

@@ -5,7 +5,7 @@
 - ``losses``: the loss of the first microbatch that the rank computes is NaN, and its gradient with it.
 - ``gradients``: the reduced gradient that the rank holds is infinite; the loss is as it was.
 - ``sleeps``: the rank sleeps for ever, before the step's first collective.
-- ``naps``: likewise, for a second.
+- ``naps``: likewise, for three seconds.
 
 and ``omitted``, steps whose update is left out on every rank though nothing is wrong. Every rank writes a line a step
 to ``digests-<rank>.jsonl``: the step, and digests of its weights and moments before and after.
@@ -43,7 +43,7 @@ def install(plan: dict[str, Any], rank: int, folder: Path) -> None:
         if due("sleeps"):
             _sleep()
         if due("naps"):
-            time.sleep(1)
+            time.sleep(3)
         before = _digest(model)
         training_step(model, batch, batch_idx)
         with (folder / f"digests-{rank}.jsonl").open("a") as file:

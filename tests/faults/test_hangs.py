@@ -9,11 +9,12 @@ import pytest
 
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from tests.faults.conftest import Zygote
-from tests.faults.jobs import STEPS, Job, scoring, training
+from tests.faults.jobs import BOUND, STEPS, Job, scoring, training
 
-LIMIT = 4.0
-# What a rank that was stopped is given to end, and what the others take at most to see that it does not.
-GRACE, SOON = 2.0, LIMIT + 20.0
+# Far longer than ranks that work wait for each other, on a machine that does much else.
+LIMIT = 15.0
+# What a rank that was stopped is given to end.
+GRACE = 2.0
 
 
 def limited(job: Job, *more: str) -> Job:
@@ -32,7 +33,7 @@ def test_a_rank_that_sleeps_is_named_with_its_stack(zygote: Zygote, world: TinyW
     job = limited(training(zygote, world, tmp_path, 2, async_save=False), "parallel.pipeline=1")
     statuses, seconds = job.run(spoil={"sleeps": [[3, 1]]}, grace=GRACE)
     assert statuses == [1, 1], job.logs()
-    assert seconds < SOON
+    assert seconds < BOUND
     (error,) = errors(job)
     for part in ("rank 1 (", ") has not come beyond step 3 for", "_sleep, ", "waiting: rank 0 in "):
         assert part in error
@@ -77,7 +78,7 @@ def test_a_rank_that_stops_scoring_is_named(zygote: Zygote, world: TinyWorld, tm
 def test_a_job_whose_ranks_all_work_longer_than_the_limit_ends_well(
     zygote: Zygote, world: TinyWorld, tmp_path: Path
 ) -> None:
-    """Steps of a second or so each, checkpoints and validations between: nobody waits for long."""
+    """Steps of three seconds or so each, checkpoints and validations between: nobody waits for long."""
     job = limited(training(zygote, world, tmp_path, 2, async_save=True))
     statuses, seconds = job.run(spoil={"naps": [[step, rank] for step in range(1, STEPS + 1) for rank in (0, 1)]})
     assert statuses == [0, 0], job.logs()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ctpd_nemo.parallel.hang import HangWatch, Report, explain
 from ctpd_nemo.parallel.layout import ParallelConfig, initialize
-from ctpd_nemo.parallel.standstill import Standstill
+from ctpd_nemo.parallel.standstill import Standing, Standstill
 
 
 def report(beat: int, waits: bool, at: float = 100.0, line: str = "all_reduce, called at ctpd_nemo/a.py:1") -> Report:
@@ -45,30 +45,38 @@ def test_ranks_that_all_wait_are_all_told_but_not_hundreds_of_them() -> None:
 
 def test_a_rank_knows_how_long_it_has_stood_and_that_a_loop_of_collectives_is_no_standing() -> None:
     initialize(ParallelConfig())
-    looks: list[tuple[float, bool, str]] = []
-    done = threading.Event()
+    stood: list[tuple[float, Standing]] = []
+    looped: list[Standing] = []
+    met, stands, loops = [0], threading.Event(), threading.Event()
 
     def watch() -> None:
         standstill = Standstill()
-        while not done.wait(0.05):
-            standing = standstill.look()
-            looks.append((standing.seconds, standing.waits, standing.line))
+        while len(stood) < 5:
+            looked_at, standing = time.monotonic(), standstill.look()
+            if not standing.seconds:
+                # It has moved since the last look.
+                stood.clear()
+            stood.append((looked_at, standing))
+        stands.set()
+        while len(looped) < 5:
+            before = met[0]
+            while met[0] < before + 2:
+                time.sleep(0.001)
+            looped.append(standstill.look())
+        loops.set()
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    time.sleep(0.5)
-    stood = list(looks)
+    stands.wait()
     # One and the same line over and over, as where ranks wait through the parts of another's work.
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
+    while not loops.is_set():
         dist.barrier()
-    done.set()
+        met[0] += 1
     thread.join()
-    looped = looks[len(stood) + 1 :]
-    assert max(seconds for seconds, _, _ in stood) > 0.2
-    assert not any(waits for _, waits, _ in stood)
-    assert "test_a_rank_knows" in stood[-1][2]
-    assert max(seconds for seconds, _, _ in looped) < 0.3
+    assert stood[-1][1].seconds >= stood[-1][0] - stood[1][0] > 0
+    assert not any(standing.waits for _, standing in stood)
+    assert stood[-1][1].line.startswith("wait, ")
+    assert [standing.seconds for standing in looped] == [0] * 5
 
 
 @pytest.mark.parametrize("nccl", [b"", b"{}", b'{"entries": [{"pg_id": 0, "record_id": 7, "retired": true}]}'])
@@ -90,10 +98,10 @@ def test_a_store_that_does_not_answer_holds_nobody_up(tmp_path: Path, monkeypatc
     monkeypatch.setattr("ctpd_nemo.parallel.hang._ANSWER_SECONDS", 0.1)
     watch = HangWatch(dist.HashStore(), 0, 2, tmp_path, 60.0)
     release = threading.Event()
-    started = time.monotonic()
     assert watch._answer(release.wait) is None
     assert watch._answer(lambda: "an answer, while another is waited for") is None
-    assert time.monotonic() - started < 5.0
     release.set()
-    time.sleep(0.05)
+    assert watch._asking is not None
+    watch._asking.join()
+    monkeypatch.setattr("ctpd_nemo.parallel.hang._ANSWER_SECONDS", 600.0)
     assert watch._answer(lambda: "now") == "now"

@@ -1,9 +1,11 @@
 """The planner's figures against real steps: storages, operations and bytes counted in one process and in two."""
 
+import json
 from typing import Any
 
 import pytest
 
+from tests.forks.client import ROOT, run_forked
 from tests.planner.conftest import benchmark
 
 BENCHMARK = benchmark("planner_memory")
@@ -23,11 +25,23 @@ NAMES = {
 
 
 @pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2])
-def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """A row for every case and rank; the cases of as many processes share one job."""
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """A row for every case and rank; the cases of as many processes share one job, in forks."""
     cases = [case for case in BENCHMARK.CASES[request.param] if case["name"] in NAMES[request.param]]
     assert len(cases) == len(NAMES[request.param])
-    return BENCHMARK.compare(request.param, cases)
+    folder = tmp_path_factory.mktemp("measured")
+
+    def run_cases(processes: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        file = folder / "cases.json"
+        file.write_text(json.dumps(cases), encoding="utf-8")
+        worker = str(ROOT / "benchmarks/planner_worker.py")
+        done = run_forked(folder, processes, program=worker, arguments=[str(file), str(folder)])
+        assert done.status == 0, done.stderr
+        return [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BENCHMARK, "run_cases", run_cases)
+        return BENCHMARK.compare(request.param, cases)
 
 
 def test_memory_is_within_a_tenth_by_kind(rows: list[dict[str, Any]]) -> None:

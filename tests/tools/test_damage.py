@@ -358,7 +358,7 @@ def test_two_pipelines_in_one_folder_keep_apart_and_a_stopped_one_goes_on(world:
         assert status == 2
         assert "another job at work in it" in stderr
         first.send_signal(signal.SIGTERM)
-        first.communicate(timeout=60)
+        first.communicate()
         assert first.returncode == 0
     assert not json.loads((tmp_path / "run/sft_student/stage.json").read_text())["complete"]
     assert not (tmp_path / "run/sft_student/export").exists()
