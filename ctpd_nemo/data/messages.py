@@ -16,6 +16,7 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 # What a reader who does not see it misunderstands: it is rendered, or the row is not used.
 MEANT_IN_ROWS = frozenset({"tools", "functions", "documents", *MEDIA})
 MEANT_IN_MESSAGES = frozenset({"name", "refusal", *CALLS, *REASONING, *MEDIA})
+_TEXT_ALONE = {"role", "content"}
 # Lists and objects in each other, of a field that is kept.
 _DEEPEST = 64
 # Lists of objects to templates, and often text in files, whose columns have one type.
@@ -146,7 +147,7 @@ def _message(item: Any, field: str, kept: KeptFields) -> Message:
     role, value = item["role"], item.get("content")
     if role not in (*BASIC_ROLES, *INSTRUCTION_ROLES, *TOOL_ROLES):
         raise _unknown_role(role, field)
-    extra = _extra(item, field, kept) if len(item) > 2 else {}
+    extra = {} if item.keys() == _TEXT_ALONE else _extra(item, field, kept)
     calls = role == "assistant" and any(name in extra for name in CALLS)
     if value is None and calls:
         return Message(role, "", extra, no_content=True)

@@ -111,6 +111,11 @@ CONVERSATIONS: dict[str, Conversation] = {
         [USER, {"role": "assistant", "content": "Let me see.", "tool_calls": CALL}, CALLED[2]], *_answers()
     ),
     "a call to be made": Conversation([USER], *_answers(None, tool_calls=CALL), {"tools": [TOOL]}),
+    "a call to be made and no word of text": Conversation(
+        [USER, {"role": "assistant", "tool_calls": CALL}, CALLED[2]],
+        {"role": "assistant", "tool_calls": CALL},
+        _answers()[1],
+    ),
     "text and a call to be made": Conversation([USER], *_answers("Let me see.", tool_calls=CALL)),
     "a call of the old kind": Conversation([USER], *_answers("Yes.", function_call={"name": "weather"})),
     "reasoning": Conversation([USER], *_answers("Yes.", reasoning_content="It is July.")),
@@ -172,7 +177,7 @@ def _parts(row: Conversation) -> dict[str, Any]:
     """Texts in parts."""
 
     def cut(message: dict[str, Any]) -> dict[str, Any]:
-        text = message["content"]
+        text = message.get("content")
         if not isinstance(text, str):
             return message
         parts = [{"type": "text", "text": text[:3], "image_url": None}, {"type": "text", "text": text[3:]}]
@@ -264,7 +269,7 @@ class Oracle:
         text = whole[len(prompt) : -len(closing)]
         plain = self._write([*row.prompt, {"role": "assistant", "content": "MARK"}], row.columns, False) or ""
         text = text.removeprefix(plain[len(prompt) :].partition("MARK")[0])
-        if self._leaves_out(turns, row.columns, False) or (message["content"] or "").strip() not in text:
+        if self._leaves_out(turns, row.columns, False) or (message.get("content") or "").strip() not in text:
             return None
         return text if text.strip() else None
 
