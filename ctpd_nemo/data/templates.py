@@ -73,8 +73,8 @@ class Side:
         self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._template_controls: dict[tuple[str, ...], NDArray[np.int64]] = {}
         self.end_of_turn_ids = self._find_end_of_turn()
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = int(self.end_of_turn_ids[-1] if pad is None else pad)
+        # Of the tokenizer's own pad token the weights may have no row: some add one behind all others.
+        self.pad_token_id = int(self.end_of_turn_ids[-1])
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
