@@ -1,15 +1,15 @@
 """What a Hugging Face folder's ``config.json`` says about the model, in the words of this project."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ctpd_nemo.convert.families import FAMILIES
+from ctpd_nemo.convert.config_keys import check_keys
+from ctpd_nemo.convert.families import find_family
 from ctpd_nemo.convert.family import Family
+from ctpd_nemo.convert.rope import read_rope
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 
@@ -22,9 +22,10 @@ _STATED_SIZES = {
     "num_attention_heads": 2**14,
     "vocab_size": 2**25,
 }
-
-# Rotary types whose frequencies do not depend on the length of the sequence at hand.
-_STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# SiLU by both of its names.
+_ACTIVATIONS = ("silu", "swish")
+# Of a config.json; real ones have a kilobyte.
+_LARGEST_CONFIG = 2**20
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Architecture:
         num_query_groups: Key and value heads.
         head_dim: Width of one head; ``num_attention_heads * head_dim`` need not be ``hidden_size``.
         vocab_size: Rows of the embedding, without padding. Not the size of the tokenizer, which may be smaller.
-        max_position_embeddings: The longest sequence, in tokens.
+        max_position_embeddings: The longest sequence, in tokens, that these rotary frequencies are for.
         norm_eps: Epsilon of all RMSNorms.
         tied_embeddings: The output layer is the embedding.
         qkv_bias: The query, key and value projections have biases.
@@ -50,6 +51,8 @@ class Architecture:
         inv_freq: The ``head_dim / 2`` rotary frequencies in radians a token, any scaling applied.
             Each is the fp32 value that ``transformers`` computes.
         dtype: The dtype ``config.json`` names, or None.
+        full_layers: The layers, counted from 0, that see all tokens where the others have the window.
+        attention_factor: What rotary scaling multiplies both queries and keys by: 1 but for YaRN and LongRoPE.
     """
 
     family: str
@@ -69,6 +72,8 @@ class Architecture:
     rope_theta: float
     inv_freq: tuple[float, ...]
     dtype: torch.dtype | None
+    full_layers: tuple[int, ...] = ()
+    attention_factor: float = 1.0
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -87,16 +92,18 @@ def parse_architecture(raw: dict[str, Any], place: str) -> Architecture:
     Raises:
         InputError: A family that is not known, or a feature that would change the numbers and is not supported.
     """
-    family = _family(raw, place)
+    family = find_family(raw, place)
     for key, most in _STATED_SIZES.items():
         value = raw.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
             raise InputError(place, f"{key} = {value!r}", f"a positive whole number, at most {most:,}")
-    config = _parse(family, raw, place)
+    read = check_keys(raw, family.config_class, family.window_keys + family.refused_flags, place)
+    config = _parse(family, read, place)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     _check_supported(family, config, place)
     _check_sizes(config, head_dim, place)
-    rope_theta, inv_freq = _rope(config, head_dim, place)
+    rope = read_rope(config, head_dim, place)
+    window, full_layers = _windows(family, config, place)
     return Architecture(
         family=family.model_type,
         num_layers=config.num_hidden_layers,
@@ -106,15 +113,17 @@ def parse_architecture(raw: dict[str, Any], place: str) -> Architecture:
         num_query_groups=config.num_key_value_heads,
         head_dim=head_dim,
         vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
+        max_position_embeddings=rope.positions,
         norm_eps=config.rms_norm_eps,
         tied_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        sliding_window=family.sliding_window(config, place),
-        rope_theta=rope_theta,
-        inv_freq=inv_freq,
+        sliding_window=window,
+        rope_theta=rope.theta,
+        inv_freq=rope.inv_freq,
         dtype=config.dtype,
+        full_layers=full_layers,
+        attention_factor=rope.attention_factor,
     )
 
 
@@ -124,14 +133,7 @@ def _read_json_object(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(str(folder), "no config.json", "a Hugging Face model folder")
-    return read_object(path), str(path)
-
-
-def _family(raw: dict[str, Any], place: str) -> Family:
-    model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(place, f"model_type = {model_type!r}", f"one of the known families: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type]
+    return read_object(path, largest=_LARGEST_CONFIG), str(path)
 
 
 def _parse(family: Family, raw: dict[str, Any], place: str) -> Any:
@@ -146,7 +148,7 @@ def _check_supported(family: Family, config: Any, place: str) -> None:
     for flag in family.refused_flags:
         if getattr(config, flag, False):
             raise InputError(place, f"{flag} = true", "false: these biases are not supported")
-    if config.hidden_act != "silu":
+    if config.hidden_act not in _ACTIVATIONS:
         raise InputError(place, f"hidden_act = {config.hidden_act!r}", "silu")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if groups < 1 or heads % groups:
@@ -167,29 +169,20 @@ def _check_sizes(config: Any, head_dim: Any, place: str) -> None:
         raise InputError(place, f"rms_norm_eps = {eps!r}", "a number between 0 and 1")
 
 
-def _rope(config: Any, head_dim: int, place: str) -> tuple[float, tuple[float, ...]]:
-    """The rotary base and frequencies, by ``transformers``' own initialisers."""
-    # transformers 5 keeps theta and scaling together in rope_parameters; 4 has rope_theta and rope_scaling.
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
-    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        raise InputError(place, f"rope_theta = {theta!r}", "a positive number")
-    if kind not in _STATIC_ROPE_TYPES:
-        raise InputError(place, f"rotary type {kind!r}", f"one of {', '.join(_STATIC_ROPE_TYPES)}")
-    if kind == "default":
-        # In transformers 5 this one lives in each model class, not among the initialisers.
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-        inv_freq, attention_scaling = 1.0 / (theta**exponents), 1.0
-    else:
-        try:
-            inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](config)
-        except Exception as error:  # arithmetic over whatever stands there
-            raise InputError(place, f"{kind} rotary parameters that fail ({error!r})", "complete numbers") from error
-    if attention_scaling != 1.0:
-        raise InputError(place, f"rotary type {kind!r} with attention factor {attention_scaling}", "a factor of 1")
-    if not torch.isfinite(inv_freq).all():
-        raise InputError(place, f"{kind} rotary parameters that give {inv_freq.tolist()}", "finite frequencies")
-    if 2 * len(inv_freq) != head_dim:
-        raise InputError(place, f"{len(inv_freq)} rotary frequencies", f"half of head_dim = {head_dim}")
-    return float(theta), tuple(inv_freq.tolist())
+def _windows(family: Family, config: Any, place: str) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window, and the layers that are without it where others have it."""
+    if not family.window_keys:
+        return None, ()
+    window = config.sliding_window
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise InputError(place, f"layer_types with {', '.join(unknown)}", "full_attention or sliding_attention")
+    full_layers = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if len(full_layers) == config.num_hidden_layers:
+        return None, ()
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise InputError(place, f"sliding_attention in layer_types, sliding_window = {window!r}", "a window of tokens")
+    return window, full_layers

@@ -1,14 +1,8 @@
 """What sets one model family apart from the others."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PretrainedConfig
-
-
-def full_attention(config: Any, place: str) -> None:
-    """The attention of a family that has no sliding window."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +16,7 @@ class Family:
         qk_norm: Queries and keys are normalised head by head.
         refused_flags: Flags of ``config.json`` that add biases Megatron-Core's ``GPTModel`` has no single place for;
             a folder that sets one is refused.
-        sliding_window: ``(config, place) -> window``: how many tokens each token sees, itself included, in every
-            layer, or None for all before it. Raises :class:`~ctpd_nemo.errors.InputError` where layers differ.
+        window_keys: Keys of ``config.json`` that say which layers have a sliding window; none where no layer has.
     """
 
     model_type: str
@@ -31,4 +24,4 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     refused_flags: tuple[str, ...] = ()
-    sliding_window: Callable[[Any, str], int | None] = full_attention
+    window_keys: tuple[str, ...] = ()

@@ -1,14 +1,8 @@
-"""Mistral: Llama's layers, with one sliding window for all of them in the first releases."""
+"""Mistral: Llama's layers, with one sliding window for all of them in the first releases, or in some (Ministral)."""
 
-from typing import Any
-
-from transformers import MistralConfig
+from transformers import MinistralConfig, MistralConfig
 
 from ctpd_nemo.convert.family import Family
 
-
-def _one_window(config: Any, place: str) -> int | None:
-    return config.sliding_window
-
-
-MISTRAL = Family("mistral", MistralConfig, sliding_window=_one_window)
+MISTRAL = Family("mistral", MistralConfig, window_keys=("sliding_window",))
+MINISTRAL = Family("ministral", MinistralConfig, window_keys=("sliding_window", "layer_types"))

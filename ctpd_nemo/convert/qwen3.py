@@ -3,8 +3,6 @@
 from transformers import Qwen3Config
 
 from ctpd_nemo.convert.family import Family
-from ctpd_nemo.convert.qwen2 import window_of_all_layers
+from ctpd_nemo.convert.qwen2 import WINDOW_KEYS
 
-QWEN3 = Family(
-    "qwen3", Qwen3Config, qk_norm=True, refused_flags=("attention_bias",), sliding_window=window_of_all_layers
-)
+QWEN3 = Family("qwen3", Qwen3Config, qk_norm=True, refused_flags=("attention_bias",), window_keys=WINDOW_KEYS)

@@ -15,23 +15,30 @@ class SequenceCost:
 
     A sequence of ``L`` tokens, ``R`` of them of the response, costs ``L + head * R + attention * A(L)``, where ``A`` is
     how many pairs of a query and a key its causal attention has: ``L (L + 1) / 2``, or with a sliding window of ``w``
-    tokens ``w (w + 1) / 2 + (L - w) w`` for ``L > w``. The parts of one model: ``models.cost.sequence_cost``.
+    tokens ``w (w + 1) / 2 + (L - w) w`` for ``L > w``; the mean over the layers where only some have the window. The
+    parts of one model: ``models.cost.sequence_cost``.
 
     Attributes:
         attention: Cost of a pair of a query and a key.
         head: Cost of the output layer at a token of the response.
         window: Tokens that each token sees, itself included; ``None`` for all before it.
+        full_share: Share of the layers in which it sees all in spite of the window.
     """
 
     attention: float = 0.0
     head: float = 0.0
     window: int | None = None
+    full_share: float = 0.0
 
     def query_key_pairs(self, lengths: ArrayLike) -> NDArray[np.int64]:
         """``A`` of each length, int64 of the same shape."""
         lengths = np.asarray(lengths, dtype=np.int64)
         seen = lengths if self.window is None else np.minimum(lengths, self.window)
-        return seen * (seen + 1) // 2 + (lengths - seen) * seen
+        windowed = seen * (seen + 1) // 2 + (lengths - seen) * seen
+        if not self.full_share:
+            return windowed
+        hidden = lengths * (lengths + 1) // 2 - windowed
+        return windowed + np.rint(self.full_share * hidden).astype(np.int64)
 
     def of(self, lengths: ArrayLike, response_lengths: ArrayLike) -> NDArray[np.int64]:
         """The cost of each sequence in 1/1024 of a token, int64 of the shape of both arguments."""

@@ -100,8 +100,8 @@ class Side:
         self._controls = ControlTokens(tokenizer, probe.printed, probe.turns)
         self.reader = self._controls.reader
         self._template_controls: dict[tuple[tuple[str, ...], Opening], NDArray[np.int64]] = {}
-        pad = tokenizer.pad_token_id
-        self.pad_token_id = int(self.end_of_turn_ids[-1] if pad is None else pad)
+        # Of the tokenizer's own pad token the weights may have no row: some add one behind all others.
+        self.pad_token_id = int(self.end_of_turn_ids[-1])
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ctpd_nemo.data.folder_files import check_files, read_config
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 
@@ -121,10 +122,12 @@ def check_runs_no_code(folder: str | Path) -> None:
     """Refuse what ``trust_remote_code=False`` leaves open: an attention kernel that would come from a repository.
 
     Raises:
-        InputError: The folder's config names one, or there is no config.
+        InputError: The folder's config names one, or there is no config; its small files are larger than any, or ask
+            for tables or modules without end.
     """
     config = Path(folder) / "config.json"
-    for key, value in read_object(config, "the config of a model").items():
+    check_files(folder)
+    for key, value in read_config(folder).items():
         if key.endswith("_implementation") and "/" in str(value):
             raise InputError(f"{config}, {key}", repr(value), "an implementation of transformers' own")
 

@@ -32,6 +32,7 @@ def sequence_cost(architecture: Architecture) -> SequenceCost:
         attention=2 * architecture.num_attention_heads * architecture.head_dim / layer,
         head=architecture.vocab_size * architecture.hidden_size / (layer * architecture.num_layers),
         window=architecture.sliding_window,
+        full_share=len(architecture.full_layers) / architecture.num_layers,
     )
 
 

@@ -2,6 +2,7 @@
 
 from ctpd_nemo.convert.architecture import Architecture, read_architecture
 from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
+from ctpd_nemo.data.forms import Message
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig
@@ -32,13 +33,28 @@ def check_model(folder: str, side: Side, run: RunConfig) -> Architecture:
 def check_vocabulary(side: Side, vocab_size: int, folder: str) -> None:
     """Stop where a tokenizer can give an id that the weights have no row for.
 
+    A special token beyond the weights that no template writes, such as a ``[PAD]`` that was added behind all others, is
+    given by nothing: its string in a message is text.
+
     Raises:
         InputError: It can.
     """
-    largest = max(side.tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    beyond = {index for index in side.tokenizer.get_vocab().values() if index >= vocab_size}
+    if any(_can_be_given(side, index) for index in beyond):
         raise InputError(
             folder,
-            f"a tokenizer with ids up to {largest} and weights of {vocab_size} rows",
+            f"a tokenizer with ids up to {max(beyond)} and weights of {vocab_size} rows",
             "an embedding with a row for every id",
         )
+
+
+def _can_be_given(side: Side, index: int) -> bool:
+    token = side.tokenizer.added_tokens_decoder.get(index)
+    if token is None or not token.special or index in side.end_of_turn_ids:
+        return True
+    names = [name for name, role in side.tokenizer.special_tokens_map.items() if str(role) == token.content]
+    if any(word in side.chat_template for word in (token.content, *names)):
+        return True
+    # A template may put it together, or a message's text be taken for it.
+    prompts = side.render_prompts([[Message("user", "x")], [Message("user", f"a {token.content} b")]])
+    return any(index in ids for ids in prompts)

@@ -1,5 +1,6 @@
 """A Megatron-Core GPT model from an architecture, a layout and a precision."""
 
+import math
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def transformer_config(
         InputError: The sizes do not divide.
     """
     check_sizes(architecture, parallel, precision)
-    window = architecture.sliding_window
+    window, factor = architecture.sliding_window, architecture.attention_factor
     recompute: dict[str, Any] = {} if parallel.recompute == "none" else {"recompute_granularity": parallel.recompute}
     if parallel.recompute == "full":
         recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
@@ -81,6 +82,9 @@ def transformer_config(
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
         window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=_windowed_layers(architecture),
+        # Rotary scaling may multiply queries and keys, all of them: their products grow by its square.
+        softmax_scale=None if factor == 1 else factor**2 / math.sqrt(architecture.head_dim),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         # Every weight is read from a folder, so nothing is drawn at random first. Initialization itself stays on: it
@@ -115,6 +119,12 @@ def transformer_config(
         **precision.megatron_arguments(frozen),
         **recompute,
     )
+
+
+def _windowed_layers(architecture: Architecture) -> list[int] | None:
+    """1 for each layer that has the window and 0 for the others; ``None`` where all or none have it."""
+    full = set(architecture.full_layers)
+    return [int(layer not in full) for layer in range(architecture.num_layers)] if full else None
 
 
 def check_sizes(architecture: Architecture, parallel: ParallelConfig, precision: PrecisionConfig) -> None:

@@ -16,13 +16,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from ctpd_nemo.parallel.context import held_tokens, order_of_all
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal core attention on THD input, with optional sliding window; the ``core_attention`` of the local layer spec.
+    """Causal core attention on THD input; the ``core_attention`` of the local layer spec.
+
+    All layers, or those that the config names, have a sliding window where it has one.
 
     Takes the constructor arguments of Megatron-Core's ``DotProductAttention``. Dropout is not supported: preference
     training runs without it, and a reference must be deterministic.
@@ -43,7 +46,9 @@ class PackedAttention(torch.nn.Module):
             raise ValueError(f"attention_dropout is {config.attention_dropout}; the local attention has none")
         self.softmax_scale = softmax_scale
         self.context_group = None if pg_collection is None else pg_collection.cp
-        self.window = None if config.window_size is None else config.window_size[0] + 1
+        # As Megatron-Core's own attention tells which layers have the window; layers are counted over the whole model.
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed and config.window_size is not None else None
 
     def forward(
         self,

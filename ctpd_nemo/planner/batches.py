@@ -146,7 +146,13 @@ def _load(lengths: Lengths, cut: Cut, side: str, groups: list[list[list[NDArray[
                     sequences = np.full_like(sequences, round_up(int(sequences.max()), cut.whole_multiple))
                 targets = sum(int(getattr(lengths.sides[side], name)[rows].sum()) for name in cut.responses)
                 shape = shape_of(
-                    sequences.tolist(), targets, cut.attention, cut.cost.window, cut.whole_multiple, cut.context
+                    sequences.tolist(),
+                    targets,
+                    cut.attention,
+                    cut.cost.window,
+                    cut.whole_multiple,
+                    cut.context,
+                    cut.cost.full_share,
                 )
                 for name in ("tokens", "targets", "attended", "scored"):
                     getattr(load, name)[k, r, m] = getattr(shape, name)

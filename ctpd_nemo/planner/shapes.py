@@ -32,6 +32,7 @@ def shape_of(
     window: int | None = None,
     multiple: int = 1,
     context: int = 1,
+    full_share: float = 0.0,
 ) -> Shape:
     """The shape of a microbatch of sequences of some lengths.
 
@@ -42,10 +43,13 @@ def shape_of(
         window: Tokens that each token sees at most, itself included.
         multiple: The last sequence is padded until the tokens of all are a multiple of this.
         context: Context-parallel size: "local" attention computes all scores on each of so many ranks.
+        full_share: Share of the layers without the window; pairs are the mean over all layers.
     """
     missing = -sum(lengths) % multiple
     lengths = [*lengths[:-1], lengths[-1] + missing]
     attended = attended_pairs(lengths, window)
+    if full_share:
+        attended += round(full_share * (attended_pairs(lengths) - attended))
     scored = attended if attention == "fused" else context * len(lengths) * max(lengths) ** 2
     return Shape(sum(lengths), targets, len(lengths), max(lengths), attended, scored)
 

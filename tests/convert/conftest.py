@@ -9,6 +9,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -21,6 +22,8 @@ _SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_emb
 _LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
 _LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
+_YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "llama-rope3-tied": LlamaConfig(**_SIZES, head_dim=16, tie_word_embeddings=True, rope_parameters=_LLAMA3_ROPE),
@@ -29,6 +32,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**_SIZES, head_dim=12),
     "qwen3-tied": Qwen3Config(**_SIZES, head_dim=16, tie_word_embeddings=True),
     "mistral": MistralConfig(**_SIZES, head_dim=12, sliding_window=5),
+    "qwen3-yarn": Qwen3Config(**_SIZES, head_dim=16, rope_parameters=_YARN_ROPE),
+    "qwen2-windows": Qwen2Config(**_SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+    "ministral": MinistralConfig(
+        **_SIZES, head_dim=12, sliding_window=5, layer_types=["full_attention", "sliding_attention"] * 2
+    ),
     "mistral-tied": MistralConfig(**_SIZES, sliding_window=None, tie_word_embeddings=True),
 }
 
@@ -41,7 +49,7 @@ class TinyModel:
     model: PreTrainedModel
 
 
-def _randomise(model: PreTrainedModel) -> None:
+def randomised(model: PreTrainedModel) -> None:
     """No weight keeps a default: biases that are zero or norms that are one would hide a wrong place."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
@@ -57,7 +65,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny
     def make(name: str) -> TinyModel:
         if name not in made:
             model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
-            _randomise(model)
+            randomised(model)
             folder = tmp_path_factory.mktemp("models") / name
             model.save_pretrained(folder, max_shard_size="40KB")
             made[name] = TinyModel(folder, model)

@@ -1,6 +1,7 @@
 """What ``config.json`` says, against the ``transformers`` configuration and model of the same folder."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,11 @@ def test_every_field_is_that_of_the_saved_model(family_case: str, tiny_model: Ca
     assert architecture.tied_embeddings == (tiny.model.lm_head.weight is tiny.model.model.embed_tokens.weight)
     assert architecture.qkv_bias == (attention.q_proj.bias is not None)
     assert architecture.qk_norm == hasattr(attention, "q_norm")
-    assert architecture.sliding_window == getattr(attention, "sliding_window", config.to_dict().get("sliding_window"))
+    in_all = config.to_dict().get("sliding_window")
+    for index, layer in enumerate(tiny.model.model.layers):
+        window = None if index in architecture.full_layers else architecture.sliding_window
+        assert window == getattr(layer.self_attn, "sliding_window", in_all)
+    assert architecture.attention_factor == tiny.model.model.rotary_emb.attention_scaling
     assert architecture.max_position_embeddings == 128
     assert architecture.dtype == torch.float32
 
@@ -97,16 +102,25 @@ def test_llama_1_style_config_without_groups_has_as_many_as_heads(tmp_path: Path
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_qwen_sliding_window_counts_only_where_layers_use_it(model_type: str, tmp_path: Path) -> None:
-    def window(**values: Any) -> int | None:
-        return read_architecture(
-            write_config(tmp_path, model_type=model_type, sliding_window=9, **values)
-        ).sliding_window
+    def windows(**values: Any) -> tuple[int | None, tuple[int, ...]]:
+        found = read_architecture(write_config(tmp_path, model_type=model_type, sliding_window=9, **values))
+        return found.sliding_window, found.full_layers
 
-    assert window(use_sliding_window=False) is None
-    assert window(use_sliding_window=True, max_window_layers=4) is None
-    assert window(use_sliding_window=True, max_window_layers=0) == 9
-    with pytest.raises(InputError, match=r"layers of different attention .*expected one kind in all layers"):
-        window(use_sliding_window=True, max_window_layers=2)
+    assert windows(use_sliding_window=False) == (None, ())
+    assert windows(use_sliding_window=True, max_window_layers=4) == (None, ())
+    assert windows(use_sliding_window=True, max_window_layers=0) == (9, ())
+    assert windows(use_sliding_window=True, max_window_layers=2) == (9, (0, 1))
+    kinds = ["sliding_attention", "full_attention"] * 2
+    assert windows(use_sliding_window=True, layer_types=kinds) == (9, (1, 3))
+    with pytest.raises(InputError, match=r"sliding_attention in layer_types, sliding_window = None"):
+        windows(layer_types=kinds)
+
+
+def test_mistral_with_layer_types_is_ministral(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    folder = write_config(tmp_path, model_type="mistral", head_dim=8, sliding_window=9, layer_types=kinds)
+    architecture = read_architecture(folder)
+    assert (architecture.family, architecture.sliding_window, architecture.full_layers) == ("ministral", 9, (3,))
 
 
 def test_unknown_family_stops_with_the_list_of_known_ones(tmp_path: Path) -> None:
@@ -141,21 +155,31 @@ def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
         ({"mlp_bias": True}, "mlp_bias = true"),
         ({"head_dim": 7}, "head_dim"),
         ({"rope_theta": 0}, "rope_theta = 0"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rotary type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rotary type 'proportional'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: found {'quant_method': 'fp8'}"),
+        ({"is_causal": None}, "is_causal: found None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "['LlamaForSequenceClassification']"),
+        ({"\x1b[2J": 1}, r"'\x1b[2J'"),
         ({"rope_scaling": {"rope_type": "unheard-of"}}, "unheard-of"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
-        (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}},
-            "attention factor 1.13",
-        ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )
 def test_what_would_change_the_numbers_is_refused(values: dict[str, Any], found: str, tmp_path: Path) -> None:
     folder = write_config(tmp_path, model_type="llama", **values)
-    with pytest.raises(InputError, match=r"config\.json: found") as error:
+    with pytest.raises(InputError, match=r"config\.json.*: found") as error:
         read_architecture(folder)
     assert found in str(error.value)
+
+
+def test_longrope_knows_the_positions_of_its_short_factors(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    scaling = {"rope_type": "longrope", "factor": 4.0, **factors}
+    folder = write_config(tmp_path, model_type="llama", max_position_embeddings=256, rope_scaling=scaling)
+    architecture = read_architecture(folder)
+    assert architecture.max_position_embeddings == 64
+    assert architecture.attention_factor == pytest.approx((1 + math.log(4) / math.log(64)) ** 0.5)
 
 
 def test_qwen3_attention_bias_is_refused(tmp_path: Path) -> None:

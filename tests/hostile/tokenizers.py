@@ -54,7 +54,7 @@ def _template(content: str | bytes) -> Edit:
 
 
 def _one_more(spec: Spec) -> None:
-    token = {"id": 0, "content": "<far>", "special": True, "single_word": False, "lstrip": False, "rstrip": False}
+    token = {"id": 0, "content": "<far>", "special": False, "single_word": False, "lstrip": False, "rstrip": False}
     spec["added_tokens"].append({**token, "normalized": False, "id": 5_000_000})
 
 
@@ -131,7 +131,15 @@ TOKENIZERS: dict[str, tuple[Edit, str, str, str]] = {
     "a special token that is a number": (_config(eos_token=3), *READ),
     "a special token that is a list": (_config(eos_token=["a"]), *READ),
     "ids that are words": (_config(added_tokens_decoder={"abc": {"content": "<x>"}}), "tokenizer", UNREADABLE, FAST),
-    "a special token without an id": (_config(eos_token="<|nowhere|>"), "student", "a tokenizer with ids up to", ROWS),
+    "a special token without a row": (
+        lambda folder: (
+            _config(eos_token="<|nowhere|>")(folder),
+            _template("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")(folder),
+        ),
+        "student",
+        "a tokenizer with ids up to",
+        ROWS,
+    ),
     # Templates of the folder
     "no template": (_no_template, "tokenizer", "no chat template", "one in the tokenizer's folder"),
     "a template that is a number": (

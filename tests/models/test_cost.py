@@ -76,3 +76,14 @@ def test_cost_of_a_model_is_in_proportion_to_its_counted_operations(
 def test_window_is_that_of_the_model(architecture: Architecture) -> None:
     assert sequence_cost(architecture).window is None
     assert sequence_cost(dataclasses.replace(architecture, sliding_window=9)).window == 9
+
+
+def test_query_key_pairs_are_the_mean_over_layers_with_a_window_and_without() -> None:
+    windowed, full = SequenceCost(window=4).query_key_pairs([3, 10, 11]), SequenceCost().query_key_pairs([3, 10, 11])
+    mean = SequenceCost(window=4, full_share=1 / 3).query_key_pairs([3, 10, 11])
+    assert mean.tolist() == [6, round((2 * windowed[1] + full[1]) / 3), round((2 * windowed[2] + full[2]) / 3)]
+
+
+def test_share_of_layers_without_a_window_is_that_of_the_model(architecture: Architecture) -> None:
+    alternating = dataclasses.replace(architecture, sliding_window=9, full_layers=(1,))
+    assert sequence_cost(alternating).full_share == pytest.approx(1 / 3)

@@ -37,6 +37,10 @@ def test_local_attention_scores_every_padded_pair() -> None:
     assert shape_of([3, 5], targets=4, multiple=3).tokens == 9
 
 
+def test_pairs_of_alternating_windows_are_those_of_both_kinds_of_layers() -> None:
+    assert shape_of([9], targets=1, window=2, full_share=0.5).attended == round((17 + 45) / 2)
+
+
 def test_model_operations_are_six_a_weight_and_token() -> None:
     shape = fullest_shape(4096, longest=2048)
     matrices = LLAMA.num_layers * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 128256 * 4096
