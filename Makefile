@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Installed without compiling; what is imported, a part of it, is compiled once and kept, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-matrix lint clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/quickstart.py
@@ -21,6 +21,10 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST_PROCESSES)
+
+# Under other kernels, threads, load and order; an hour and a half on two cores.
+test-matrix: $(VENV)/.installed-test
+	$(BIN)/python -m tests.session.matrix
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ import psutil
 
 _ROOT = Path(__file__).resolve().parents[2]
 _OUTLIVE = 10.0
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _CLIENT = os.getppid()
 
 
@@ -180,10 +180,9 @@ def _is_due(fault: dict[str, Any], seconds: float) -> bool:
     return file.exists() and file.read_bytes().count(b"\n") >= fault["lines"]
 
 
-def _adopt_orphans() -> None:
-    """Have processes whose parents have died as children of this one."""
+def _process_control(option: int, value: int) -> None:
     if sys.platform == "linux":
-        assert ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+        assert ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0
 
 
 def _end_orphans() -> list[str]:
@@ -204,7 +203,8 @@ def _end_orphans() -> list[str]:
 
 
 def main() -> None:
-    _adopt_orphans()
+    # Processes whose parents have died are children of this one then.
+    _process_control(_PR_SET_CHILD_SUBREAPER, 1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.path.insert(0, str(_ROOT))
@@ -218,6 +218,9 @@ def main() -> None:
         for rank in range(job["ranks"]):
             pid = os.fork()
             if pid == 0:
+                # Else whoever reads it would not hear of the end of this process before that of its ranks.
+                os.close(answers.fileno())
+                _process_control(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 _run_rank(job, rank, port)
             pids.append(pid)
         statuses = _supervise(job, pids)
