@@ -10,9 +10,12 @@ So all the work is to know the byte at which a token ends:
 3. ``byte_ends``: when the ids spell the text, ends are a running sum of byte lengths and exact by construction;
    when a normalizer changed the text, ends are traced back through the tokenizer's character offsets (``tracing``).
 4. ``align``: the intersection of the two sides, vectorised over a batch of texts.
+
+``given_ids`` does the same for ids that a model has sampled, whose text is what they spell.
 """
 
 from ctpd_nemo.spans.align import AlignedSpans, align, align_batch
 from ctpd_nemo.spans.byte_ends import token_byte_ends
+from ctpd_nemo.spans.given_ids import align_ids, align_ids_batch
 
-__all__ = ["AlignedSpans", "align", "align_batch", "token_byte_ends"]
+__all__ = ["AlignedSpans", "align", "align_batch", "align_ids", "align_ids_batch", "token_byte_ends"]

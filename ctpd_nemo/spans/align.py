@@ -33,7 +33,8 @@ class AlignedSpans:
         teacher_ids: int64 [n_teacher], the teacher's token ids of the text alone, no special tokens.
         student_ids: int64 [n_student], the student's.
         teacher_span: int32 [n_teacher], the span of each teacher token, ascending.
-        student_span: int32 [n_student], the span of each student token, ascending.
+        student_span: int32 [n_student], the span of each student token, ascending. Of sampled ids (``align_ids``) those
+            at the end may be in no span: -1.
     """
 
     bounds: NDArray[np.int64]
