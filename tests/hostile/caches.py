@@ -314,7 +314,12 @@ CHECKPOINTS: dict[str, tuple[Edit, str, str, str]] = {
     "no index": (_removed(".metadata"), ".metadata", "no such file in the manifest", "a checkpoint of Megatron-Core"),
     "an empty index": (_bytes(".metadata", b""), ".metadata", "a pickle of another protocol than 2 to 5", OWN),
     "half an index": (_half(".metadata"), ".metadata", "a pickle that cannot be read", OWN),
-    "an index that is another record": (_bytes(".metadata", pickle.dumps({})), ".metadata", "an index with a dict", OWN),
+    "an index that is another record": (
+        _bytes(".metadata", pickle.dumps({})),
+        ".metadata",
+        "an index with a dict",
+        OWN,
+    ),
     "an index that calls": (_bytes(".metadata", pickle.dumps(Evil())), ".metadata", "asks for posix.mkdir", OWN),
     "an index that calls by dots": (
         _bytes(".metadata", _named("torch.distributed.checkpoint.filesystem", "os.mkdir")),

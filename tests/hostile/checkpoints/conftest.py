@@ -84,8 +84,7 @@ def watched(
     def watch(attack: Attack | None, freely: bool = False, folder: Path | None = None) -> Answer:
         folder = folder or tmp_path_factory.mktemp("attack")
         run_dir, canary = folder / "case/run", folder / "evil-was-here"
-        shutil.copytree(whole_run, run_dir)
-        shutil.rmtree(run_dir / LAST)
+        shutil.copytree(whole_run, run_dir, ignore=shutil.ignore_patterns(Path(LAST).name, "logs"))
         (folder / "planted.py").write_text(PLANTED)
         if attack is not None:
             attack.edit(run_dir / FIRST, canary)
