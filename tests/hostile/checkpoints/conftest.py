@@ -54,8 +54,8 @@ def child() -> Iterator[Callable[[dict[str, Any]], Answer]]:
         text=True,
         env={
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+            **{"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": "1"},
         },
     )
     assert process.stdin is not None
