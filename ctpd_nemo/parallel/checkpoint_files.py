@@ -34,6 +34,7 @@ _SUMS = ".sums-"
 _WRITING, _REPLACED, _REMOVING, _DAMAGED = ".writing-", ".replaced", ".removing", ".damaged"
 _THREADS = 4
 _CHUNK = 2**20
+_LONGEST_NAME = 256
 # Files that are read whole: they are refused by size before they are read or summed. The index of a dense model of 70
 # billion parameters on 1,024 devices has 8 MB, the manifest 170 bytes for each file, of which a rank writes a few.
 _LARGEST = {".metadata": 2**26, "common.pt": 2**26, "metadata.json": 2**16, _MANIFEST: 2**24}
@@ -91,7 +92,7 @@ def point_to_latest(final: Path) -> None:
     """Make ``latest`` name a checkpoint; where it cannot be written, that is a warning, and it names what it did."""
     latest = final.with_name(LATEST)
     try:
-        if not latest.is_file() or latest.read_text(encoding="utf-8", errors="replace").strip() != final.name:
+        if not latest.is_file() or _line_of(latest) != final.name:
             write_whole(latest, final.name + "\n")
     except OSError as error:
         logger.warning("%s: not written: %s", latest, error)
@@ -199,10 +200,16 @@ def resolve(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
     if path.name != LATEST or not path.is_file():
         return path
-    name = path.read_text(encoding="utf-8", errors="replace").strip()
+    name = _line_of(path)
     if not _NAME.fullmatch(name):
         raise InputError(str(path), repr(name), "the name of a checkpoint beside it")
     return path.with_name(name)
+
+
+def _line_of(latest: Path) -> str:
+    """What ``latest`` says, or the beginning of it, where that is more than a name."""
+    with latest.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_LONGEST_NAME).strip()
 
 
 def check_is_checkpoint(folder: str | Path, sums: bool = False) -> None:

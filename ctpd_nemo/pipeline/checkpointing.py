@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.base import LEFT_OUT
 from ctpd_nemo.models.config import TrainerConfig
 from ctpd_nemo.parallel import checkpoint_files as files
@@ -214,11 +215,10 @@ def _name(step: int) -> str:
 def _read_values(folder: Path) -> dict[str, float]:
     """What checkpoints were worth when they were validated, by name."""
     path = folder / _VALIDATION
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): float(value) for name, value in values.items()}
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    try:
+        return {name: float(value) for name, value in read_object(path).items()}
+    except (ValueError, TypeError, OverflowError) as error:
         logger.warning("%s: cannot be read, earlier checkpoints are not compared: %s", path, error)
         return {}

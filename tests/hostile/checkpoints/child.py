@@ -10,6 +10,7 @@ the processor, and the ``memory`` that it took for itself, in bytes.
 import contextlib
 import copyreg
 import gc
+import importlib
 import io
 import json
 import os
@@ -75,13 +76,11 @@ def _import_all() -> None:
     from ctpd_nemo.pipeline import quiet
 
     quiet.before_imports()
-    import lightning.pytorch  # noqa: F401
-    import torch
-
-    import tests.tools.refusal  # noqa: F401
-
+    jobs = ("ctpd_nemo.pipeline.export", "ctpd_nemo.pipeline.train", "tests.tools.refusal")
+    for name in ("lightning.pytorch", "torch.distributed.checkpoint", *jobs):
+        importlib.import_module(name)
     quiet.after_imports()
-    torch.set_num_threads(1)
+    sys.modules["torch"].set_num_threads(1)
 
 
 def _jobs(case: dict[str, Any]) -> dict[str, Callable[[], Any]]:

@@ -54,8 +54,8 @@ def child() -> Iterator[Callable[[dict[str, Any]], Answer]]:
         text=True,
         env={
             **os.environ,
-            **{"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+            **{"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONDONTWRITEBYTECODE": "1"},
         },
     )
     assert process.stdin is not None
@@ -84,8 +84,7 @@ def watched(
     def watch(attack: Attack | None, freely: bool = False, folder: Path | None = None) -> Answer:
         folder = folder or tmp_path_factory.mktemp("attack")
         run_dir, canary = folder / "case/run", folder / "evil-was-here"
-        shutil.copytree(whole_run, run_dir)
-        shutil.rmtree(run_dir / LAST)
+        shutil.copytree(whole_run, run_dir, ignore=shutil.ignore_patterns(Path(LAST).name, "logs"))
         (folder / "planted.py").write_text(PLANTED)
         if attack is not None:
             attack.edit(run_dir / FIRST, canary)

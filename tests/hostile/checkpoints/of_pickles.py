@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.hostile.checkpoints.family import Attack
-from tests.hostile.checkpoints.payloads import PAYLOADS, PROTOCOLS, programs
+from tests.hostile.checkpoints.payloads import PAYLOADS, PROTOCOLS, load_a_nested_storage, programs
 from tests.hostile.checkpoints.places import PICKLES, VALUES
 
 _Payload = Callable[[Path], Any]
@@ -16,7 +18,9 @@ def _call(place: str, payload: _Payload, protocol: int) -> Attack:
     def edit(folder: Path, canary: Path) -> None:
         VALUES[place](folder, payload(canary), protocol)
 
-    return Attack(f"{payload.__name__} {place}, protocol {protocol}", edit, fires=True)
+    # Megatron-Core, from 0.17 on, has put one with rules in the place of torch's own.
+    tamed = payload is load_a_nested_storage and torch.storage._load_from_bytes.__module__ != "torch.storage"
+    return Attack(f"{payload.__name__} {place}, protocol {protocol}", edit, fires=not tamed)
 
 
 def _program(place: str, name: str, fires: bool) -> Attack:
