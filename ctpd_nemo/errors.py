@@ -1,7 +1,13 @@
 """Exceptions that are told in one line: bad input, and a process that has died."""
 
+import reprlib
+from typing import Any
+
 # Characters of one part of a message; a library may quote all of what it could not read.
 _LONGEST = 1000
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 200
+_REPR.maxlist = _REPR.maxdict = _REPR.maxtuple = 20
 
 
 class InputError(ValueError):
@@ -38,3 +44,8 @@ def _line(text: str) -> str:
     # Line breaks of a library's message are spaces: they are layout, not content.
     line = " ".join(text.splitlines())
     return line if line.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def shown(value: Any) -> str:
+    """``repr(value)`` of what others chose, for a message: cut, however deep and long it is."""
+    return _REPR.repr(value)

@@ -10,7 +10,7 @@ from ctpd_nemo.convert.config_keys import check_keys
 from ctpd_nemo.convert.families import find_family
 from ctpd_nemo.convert.family import Family
 from ctpd_nemo.convert.rope import read_rope
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.errors import InputError, shown
 from ctpd_nemo.json_files import read_object
 
 # transformers would fill these in with the sizes of some 7B model; a model of our own has to state them. At most, each
@@ -96,7 +96,8 @@ def parse_architecture(raw: dict[str, Any], place: str) -> Architecture:
     for key, most in _STATED_SIZES.items():
         value = raw.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise InputError(place, f"{key} = {value!r}", f"a positive whole number, at most {most:,}")
+            found = f"{key} = {shown(value)}"
+            raise InputError(place, found, f"a positive whole number, at most {most:,}")
     read = check_keys(raw, family.config_class, family.window_keys + family.refused_flags, place)
     config = _parse(family, read, place)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.errors import InputError, shown
 
 READ = frozenset(
     {
@@ -132,7 +132,10 @@ def check_keys(
             _check_pad(value, raw, place)
         elif key not in _GENERATION and not any(_same(value, neutral) for neutral in _neutral(key, defaults)):
             name = key if _PLAIN.fullmatch(key) else repr(key)
-            found, expected = f"{value!r}, a key that is not read", "no such key, or what its class has by default"
+            found, expected = (
+                f"{shown(value)}, a key that is not read",
+                "no such key, or what its class has by default",
+            )
             raise InputError(f"{place}, {name}", found, expected)
     return {key: value for key, value in raw.items() if key in READ or key in read}
 

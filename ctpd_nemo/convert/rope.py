@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.errors import InputError, shown
 
 # Types whose frequencies are the same for all sequences up to some length: that of training, or the model's own.
 _TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -41,9 +41,9 @@ def read_rope(config: Any, head_dim: int, place: str) -> Rope:
     _check_parameters(parameters, place)
     kind, theta = parameters.get("rope_type", "default"), parameters.get("rope_theta")
     if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
-        raise InputError(place, f"rope_theta = {theta!r}", "a positive number")
+        raise InputError(place, f"rope_theta = {shown(theta)}", "a positive number")
     if kind not in _TYPES:
-        raise InputError(place, f"rotary type {kind!r}", f"one of {', '.join(_TYPES)}")
+        raise InputError(place, f"rotary type {shown(kind)}", f"one of {', '.join(_TYPES)}")
     positions = config.max_position_embeddings
     if kind == "default":
         # In transformers 5 this one lives in each model class, not among the initialisers.
@@ -58,7 +58,7 @@ def read_rope(config: Any, head_dim: int, place: str) -> Rope:
         # Longer sequences have other frequencies, all of their tokens.
         original = config.rope_parameters["original_max_position_embeddings"]
         if isinstance(original, bool) or not isinstance(original, int) or original < 1:
-            raise InputError(place, f"original_max_position_embeddings = {original!r}", "a positive whole number")
+            raise InputError(place, f"original_max_position_embeddings = {shown(original)}", "a positive whole number")
         positions = min(positions, original)
     if not isinstance(factor, int | float) or not math.isfinite(factor):
         raise InputError(place, f"an attention factor of {factor!r}", "a finite number")
@@ -71,12 +71,14 @@ def read_rope(config: Any, head_dim: int, place: str) -> Rope:
 
 def _check_parameters(parameters: Any, place: str) -> None:
     if not isinstance(parameters, dict):
-        raise InputError(place, f"rotary parameters {parameters!r}", "a mapping")
+        raise InputError(place, f"rotary parameters {shown(parameters)}", "a mapping")
     for key, value in parameters.items():
         if isinstance(value, dict):
             raise InputError(place, f"rotary parameters for {key} of their own", "one set for all layers")
         if key not in _KNOWN_KEYS:
-            raise InputError(place, f"a rotary parameter {key} = {value!r}", "one of " + ", ".join(sorted(_KNOWN_KEYS)))
+            raise InputError(
+                place, f"a rotary parameter {key} = {shown(value)}", "one of " + ", ".join(sorted(_KNOWN_KEYS))
+            )
     share = parameters.get("partial_rotary_factor")
     if share is not None and share != 1:
-        raise InputError(place, f"partial_rotary_factor = {share!r}", "1: all of a head is rotated")
+        raise InputError(place, f"partial_rotary_factor = {shown(share)}", "1: all of a head is rotated")

@@ -20,8 +20,8 @@ from typing import Any
 MOST_GROWTH = 16
 MOST_UNICODE_GROWTH = 32
 MOST_COPIES = 4
-# With more added tokens than this, what ``transformers`` makes of them is tried, too.
-MOST_ADDED = 10_000
+# Real ones add tens of thousands at most, for speech. Of many, what ``transformers`` makes is tried, too.
+MOST_ADDED, MANY_ADDED = 100_000, 10_000
 # A text of so many characters, and CPU seconds for all of them. Real tokenizers take a hundredth.
 LENGTH = 4096
 SECONDS = 10.0
@@ -32,21 +32,22 @@ def main() -> None:
     """Say on standard output what is wrong."""
     given = json.loads(sys.argv[1])
     sys.path[:] = given["path"]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (given["seconds"], given["seconds"] + 1))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_CPU, given["seconds"])
     _limit_memory(given["bytes"])
     print(json.dumps(dict(zip(("unread", "fault"), _try_out(given), strict=True))))
 
 
-def _limit_memory(size: int | None) -> None:
-    """Let the process have so many more bytes than it has; ``None``: as many as before."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    if size is None:
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        return
+def _limit(kind: int, most: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _limit_memory(size: int) -> None:
+    """Let the process have so many more bytes than it has."""
     with open("/proc/self/statm") as statistics:
-        size += int(statistics.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size if most == resource.RLIM_INFINITY else min(size, most), most))
+        has = int(statistics.read().split()[0]) * resource.getpagesize()
+    _limit(resource.RLIMIT_AS, has + size)
 
 
 def _try_out(given: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -56,10 +57,13 @@ def _try_out(given: dict[str, Any]) -> tuple[str | None, str | None]:
         tokenizer = Tokenizer.from_file(f"{given['folder']}/tokenizer.json")
     except BaseException as error:
         return _said(error), None
-    many = len(tokenizer.get_added_tokens_decoder()) > MOST_ADDED
-    if given["whole"] or many or given["model"] not in ("", type(tokenizer.model).__name__):
+    added = len(tokenizer.get_added_tokens_decoder())
+    if added > MOST_ADDED:
+        return None, f"{added:,} added tokens"
+    if given["whole"] or added > MANY_ADDED or given["model"] not in ("", type(tokenizer.model).__name__):
         # Imports map far more than they use.
-        _limit_memory(None)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         from ctpd_nemo.data.tokenizer_folder import read_tokenizer
 
         _limit_memory(given["bytes"])

@@ -27,6 +27,8 @@ def copied(scene: Scene) -> Path:
 
 # config.json
 
+DEEP = json.loads("[" * 900 + "]" * 900)
+
 
 def _config(**changed: Any) -> Edit:
     def edit(folder: Path) -> None:
@@ -102,6 +104,8 @@ CONFIGS: dict[str, tuple[Edit, str, str]] = {
     "attention to what comes": (_config(is_causal=False), "False, a key that is not read", "no such key"),
     "attention to what comes, by null": (_config(is_causal=None), "None, a key that is not read", "no such key"),
     "a key nobody knows": (_config(logit_scale=2.0), "2.0, a key that is not read", "no such key"),
+    "lists in lists for a size": (_config(hidden_size=DEEP), "hidden_size = [[[", WHOLE),
+    "lists in lists for a note": (_config(note=DEEP), "a key that is not read", "no such key"),
     "a key that is a method": (_config(to_dict="x"), "'x', a key that is not read", "no such key"),
     "quantized weights": (_config(quantization_config={"quant_method": "fp8"}), "a key that is not read", "no such"),
     "another class": (_config(architectures=["GPT2LMHeadModel"]), "['GPT2LMHeadModel']", "LlamaForCausalLM"),
