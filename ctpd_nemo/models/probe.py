@@ -116,7 +116,9 @@ def take_probe(model: MegatronModel) -> Probe | None:
         at += response.n_spans
         prompt, ids, span = own.prompt_ids.tolist(), own.response_ids.tolist(), own.response_span.tolist()
         responses.append(ProbedResponse(prompt, ids, span, spans))
-    return Probe(model.trainer.global_step, precision.name, responses)
+    # A GPU multiplies fp32 as TF32.
+    where = "" if local_device().type == "cpu" else f" on {local_device().type}"
+    return Probe(model.trainer.global_step, f"{precision.name}{where}", responses)
 
 
 def _span_logprobs(model: MegatronModel, microbatch: Microbatch) -> Tensor:

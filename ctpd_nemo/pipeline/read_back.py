@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a generation before it is made to end, and of what it may be at most.
 _BEFORE, _MOST = 3, 8
-# Nats a token, on average: of rounding in the format that the run computed in.
+# Nats a token, on average, of rounding: where the run computed in fp32 on a CPU, and elsewhere.
 _ROUNDING = {"fp32": 1e-3}
 _ROUNDING_OF_16_BITS = 0.2
 
