@@ -47,6 +47,7 @@ class PairsConfig:
         include_eos: Whether the end of the turn is scored.
         chat_template: A Jinja template or its path; null is each tokenizer's own.
         on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
+        split: Which split of a folder that has several.
     """
 
     file: str | None = None
@@ -59,6 +60,7 @@ class PairsConfig:
     include_eos: bool = True
     chat_template: str | None = None
     on_bad: str = "stop"
+    split: str | None = None
 
 
 @dataclass
