@@ -206,6 +206,9 @@ class PairEncoder:
         if not isinstance(fault, RefusedConversationError):
             found, expected = f"text on which a tokenizer gives up ({fault})", "text that it can read"
             fault = RefusedConversationError(pair.place, found, expected, "refused_by_tokenizer")
+        if pair.place not in fault.place:
+            place = f"{pair.place}, {fault.place}"
+            fault = RefusedConversationError(place, fault.found, fault.expected, fault.reason)
         if self.on_bad == "stop":
             raise fault
         return Skipped(index, pair.id, fault.reason, str(fault))

@@ -51,6 +51,7 @@ class PairsConfig:
         chat_template: A Jinja template or its path; null is each tokenizer's own.
         chat_template_kwargs: Variables for it; null is what each folder was trained with.
         on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
+        split: Which split of a folder that has several.
     """
 
     file: str | None = None
@@ -64,6 +65,7 @@ class PairsConfig:
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     on_bad: str = "stop"
+    split: str | None = None
 
 
 @dataclass

@@ -42,7 +42,11 @@ class Row(NamedTuple):
 
 
 def read_rows(
-    path: str | Path, limit: int | None, encoders: Sequence[PairEncoder], on_bad: str = "stop"
+    path: str | Path,
+    limit: int | None,
+    encoders: Sequence[PairEncoder],
+    on_bad: str = "stop",
+    split: str | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """The pairs of files, and how many rows were left out, by reason.
 
@@ -51,6 +55,7 @@ def read_rows(
         limit: Pairs at most; ``None`` for all.
         encoders: Those that are to encode them.
         on_bad: "stop" at a row that cannot be used, or "skip" it.
+        split: Which split of a folder that has several.
 
     Raises:
         InputError: A row cannot be used, or none.
@@ -65,7 +70,7 @@ def read_rows(
     for encoder in encoders:
         kept |= encoder.kept
     longest = longest_row(max(encoder.max_length for encoder in encoders))
-    pairs = open_preferences(path, on_bad=on_bad, kept=kept, max_bytes=longest)
+    pairs = open_preferences(path, split, on_bad=on_bad, kept=kept, max_bytes=longest)
     rows = []
     for index in range(len(pairs) if limit is None else min(limit, len(pairs))):
         fields = pairs.fields(index)

@@ -117,6 +117,7 @@ def evaluate_folder(
     generations: int | None = None,
     dtype: str = "auto",
     on_bad: str = "stop",
+    split: str | None = None,
 ) -> Evaluation:
     """Evaluate a Hugging Face folder on held-out pairs.
 
@@ -143,6 +144,7 @@ def evaluate_folder(
         generations: Prompts that are answered; by default all where a row has an ``answer``, else a few to look at.
         dtype: As ``torch`` names it; ``auto`` keeps that of the stored weights.
         on_bad: "stop" at a row that cannot be used, or "skip" it and count it.
+        split: Which split of a folder that has several.
 
     Raises:
         InputError: The file has no usable pair; an ``answer`` is no string; a folder holds no usable model, or other
@@ -157,7 +159,7 @@ def evaluate_folder(
     encoders = [
         pair_encoder(path, chat_template, longest, include_eos, chat_template_kwargs, on_bad) for path in folders
     ]
-    rows, bad = read_rows(pairs_file, limit, encoders, on_bad)
+    rows, bad = read_rows(pairs_file, limit, encoders, on_bad, split)
     rows, (encoded, *reference_encoded), skipped = encode_rows(rows, encoders)
     skipped += bad
     reference_margin: FloatArray | None = None

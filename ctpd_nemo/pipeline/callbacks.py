@@ -111,11 +111,12 @@ class SkipWarning:
             if pair.why and pair.reason not in self._told:
                 self._told.add(pair.reason)
                 logger.warning("%s: skipped a pair (%s): %s", self._title, pair.reason, pair.why)
-        seen = stats.pairs + stats.skipped.total()
-        if not self._warned and seen >= FIRST_PAIRS and stats.skipped.total() > self._share * seen:
+        left_out = stats.skipped.total()
+        seen = stats.pairs + left_out
+        # Of the first few one alone is a large share; so many that the next could not make it a small one are not.
+        if not self._warned and left_out > self._share * max(seen, FIRST_PAIRS):
             self._warned = True
-            found = f"{stats.skipped.total()} of the first {seen} pairs are skipped"
-            logger.warning("%s: %s: %s", self._title, found, stats)
+            logger.warning("%s: %d of the first %d pairs are skipped: %s", self._title, left_out, seen, stats)
 
 
 class ScoreReport(Callback):

@@ -40,7 +40,7 @@ TYPOS = {
 }
 # Values of another type: key, value, the type that is expected.
 TYPES: list[tuple[str, Any, str]] = [
-    ("data.train", "one.jsonl", "list[str]"),
+    ("data.train", "", "list[str]"),
     ("data.train", None, "list[str]"),
     ("data.train", [["a"]], "list[str]"),
     ("data.max_length", "long", "int"),

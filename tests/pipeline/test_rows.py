@@ -111,10 +111,11 @@ def test_skipped_rows_are_counted_and_counts_add_up(
         assert re.search(rf"trained on .*{reason} {reasons[reason]}\b", caplog.text)
     assert sum(metrics(tmp_path / "run", "skipped")) == on_the_way
     assert metrics(tmp_path / "run", "val_skipped") == [on_the_way]
-    # More than a tenth is said as soon as it is seen: here when the first 32 are, or with the encoded dataset.
+    # More than a tenth is said as soon as it is seen, on the way or of the encoded dataset.
     if "data.encoded=auto" in more:
         assert f"train: {on_the_way} of {len(rows) - at_opening} pairs are skipped" in caplog.text
     else:
+        assert len(re.findall(r"run: \d+ of the first \d+ pairs are skipped: ", caplog.text)) == 1
         for reason in ("unread_field", "unknown_role", "refused_by_template"):
             assert re.search(rf"skipped a pair \({reason}\): \S*pairs\.jsonl:\d+", caplog.text)
 
@@ -159,7 +160,7 @@ def test_a_share_of_skipped_pairs_warns_once_and_at_once(caplog: pytest.LogCaptu
             stats += StepStats(pairs=14, skipped=Counter({"unread_field": 1, "too_long": 1}))
             skips.look(stats, [pair])
             warned = [record.getMessage() for record in caplog.records if "are skipped" in record.getMessage()]
-            # 2 of 16 are more than a tenth; 32 are enough to say so.
+            # 2 of 16 are more than a tenth, but chance may be at work; 4 of 32 are enough to say so.
             assert len(warned) == (step >= 1)
         assert warned[0].startswith("run: 4 of the first 32 pairs are skipped: 28 pairs, 4 skipped (")
         assert caplog.text.count("skipped a pair (unread_field): pairs.jsonl:4") == 1
