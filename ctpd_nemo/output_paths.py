@@ -61,7 +61,7 @@ def written_folder(key: str, value: Path) -> None:
 def _path(key: str, value: object, expected: str) -> Path:
     """The path that a value is, if it is one that a file system can hold."""
     if isinstance(value, bool) or not isinstance(value, str | int | Path) or not str(value):
-        raise InputError(key, "nothing" if value in (None, "") else repr(value), expected)
+        raise InputError(key, "nothing" if value is None else repr(value), expected)
     text = str(value)
     for character in text:
         if unicodedata.category(character) in _NO_NAME:

@@ -144,15 +144,16 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _look(config: EvaluateConfig, folder: Path, place: Mapping[str, Any]) -> dict[str, Any]:
     """Look at the folders before the work begins, and whether results can be kept; those that are there."""
     written_folder("folder", folder)
-    found = read_evaluation(folder)
+    kept = read_evaluation(folder)
     read_record(folder / RECORD)
     check_place(**place)
     reference = config.pairs.reference if config.pairs.file else None
     for path in (folder, *([Path(reference)] if reference else [])):
         check_runs_no_code(path)
         if not any(path.glob("*.safetensors")):
-            raise InputError(str(path), "no model (no weights as safetensors)", "a Hugging Face folder of a model")
-    return found
+            found = "no model (no weights as safetensors)"
+            raise InputError(str(path), found, "a Hugging Face folder of a causal model")
+    return kept
 
 
 def _keep(folder: Path, results: dict[str, Any]) -> dict[str, Any]:

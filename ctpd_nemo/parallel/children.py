@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +13,16 @@ _LOOK_SECONDS = 1.0
 
 def end_with_parent() -> None:
     """Called in a process that ``multiprocessing`` started: end it as soon as its parent is gone, killed or not."""
-    threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
+    start_deaf(threading.Thread(target=_watch, args=[os.getppid()], daemon=True))
+
+
+def start_deaf(thread: threading.Thread) -> None:
+    """Start a thread that no signal is given to: each is for those that wait for it, or that it is to wake."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

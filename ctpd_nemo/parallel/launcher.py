@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from psutil import Process
 
-from ctpd_nemo.parallel.children import children_end_too
+from ctpd_nemo.parallel.children import children_end_too, start_deaf
 
 # What a launcher gives each process that it starts, and has not itself: torchrun, Open MPI, others by PMIx and PMI,
 # and Slurm's step. The first that is there holds: torchrun may be started by a step.
@@ -56,7 +56,7 @@ def end_with_launcher() -> None:
         _die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
-    threading.Thread(target=_watch, args=[launcher], name="launcher watch", daemon=True).start()
+    start_deaf(threading.Thread(target=_watch, args=[launcher], name="launcher watch", daemon=True))
 
 
 def find_launcher(marks: Mapping[str, str | None], ancestors: Iterable[Process]) -> Process | None:

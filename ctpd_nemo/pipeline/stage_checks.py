@@ -59,6 +59,10 @@ class StandingStage:
             if not self.makes_scores:
                 check_cache(self.run)
 
+    def has_begun(self) -> bool:
+        """Whether there are checkpoints of it, or what it leaves."""
+        return any((Path(self.run.run_dir) / name).exists() for name in ("checkpoints", self.stage.output))
+
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
         """Have an error name the stage."""
@@ -110,8 +114,8 @@ def put_folders_of_now(config: DictConfig, stages: Mapping[str, Stage], stage: S
     return StandingStage(stage, run, any(key.endswith("scores") for key in inputs))
 
 
-def check_reading(standing: Sequence[StandingStage]) -> None:
-    """Open all data, tokenizers and templates once, and look at models and at the disk; one process does it.
+def check_reading(standing: Sequence[StandingStage]) -> Iterator[None]:
+    """Open all data, tokenizers and templates once, and look at models and at the disk, in parts; one process does it.
 
     Raises:
         InputError: A file, row or folder cannot be used, or there is no room.
@@ -123,14 +127,15 @@ def check_reading(standing: Sequence[StandingStage]) -> None:
             sides[repr(run.policy_side())] = data.policy
             if data.reference is not None:
                 sides[repr(run.model.teacher)] = data.reference
+            yield
         for one in standing:
             one.check_models(sides)
-    # A job that has begun has had its room.
-    new = [one for one in standing if not one.stage.scores and not (Path(one.run.run_dir) / "checkpoints").exists()]
+            yield
+    # A stage that has begun has had its room.
+    new = [one for one in standing if not one.stage.scores and not one.has_begun()]
     if new:
-        check_room(
-            Path(new[0].run.run_dir).parent, sum(checkpoint_bytes(model_folders(one.run)["policy"]) for one in new)
-        )
+        needed = sum(checkpoint_bytes(model_folders(one.run)["policy"]) for one in new)
+        check_room(Path(new[0].run.run_dir).parent, needed)
 
 
 def is_asked_for(config: DictConfig, stage: Stage) -> bool:

@@ -27,7 +27,7 @@ from ctpd_nemo.parallel.layout import ParallelConfig, initialize
 from ctpd_nemo.pipeline.claim import claim
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.export import ExportConfig, export
-from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long
+from ctpd_nemo.pipeline.rank_zero import on_rank_0, on_rank_0_however_long, on_rank_0_in_parts
 from ctpd_nemo.pipeline.recipe import Stage, check_roles, check_spans, check_top_k, find_stages, stage_values
 from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_cache import is_whole
@@ -92,7 +92,8 @@ def run_pipeline(config: DictConfig) -> dict[str, StageResult]:
     # The first call makes the default group, and its limit of time is for good.
     initialize(ParallelConfig(timeout_minutes=config.parallel.timeout_minutes))
     watch_for_hangs(Path(config.run_dir), config.parallel.timeout_minutes)
-    on_rank_0_however_long(lambda: check_reading(standing))
+    # In parts, not in a thread: in others than the main one nothing bounds what templates take.
+    on_rank_0_in_parts(check_reading(standing))
     results: dict[str, StageResult] = {}
     fingerprints: dict[str, str] = {}
     settings: dict[str, str] = {}

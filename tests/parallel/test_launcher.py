@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from ctpd_nemo.parallel import launcher
+from ctpd_nemo.parallel.children import start_deaf
 from ctpd_nemo.parallel.launcher import end_with_launcher, find_launcher
 from ctpd_nemo.pipeline import entry
 
@@ -68,7 +70,7 @@ def test_a_process_without_a_launcher_watches_none(monkeypatch: pytest.MonkeyPat
     for name in [name for name in os.environ if name.startswith(_LAUNCHED)]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(launcher, "_watched", [])
-    monkeypatch.setattr(launcher.threading, "Thread", pytest.fail)
+    monkeypatch.setattr(launcher, "start_deaf", pytest.fail)
     end_with_launcher()
     assert not launcher._watched
 
@@ -111,7 +113,7 @@ def test_a_rank_whose_launcher_was_gone_before_it_looked_ends_at_once(
     for name, value in (("_watched", []), ("Process", One), ("_die_with_parent", lambda: None)):
         monkeypatch.setattr(launcher, name, value)
     monkeypatch.setattr(launcher.os, "getppid", lambda: 1)
-    monkeypatch.setattr(launcher.threading, "Thread", lambda **_: type("NoThread", (), {"start": lambda self: None})())
+    monkeypatch.setattr(launcher, "start_deaf", lambda thread: None)
     monkeypatch.setattr(launcher.os, "_exit", _leave)
     if ends:
         with pytest.raises(SystemExit, match="1"):
@@ -207,6 +209,18 @@ def test_ranks_end_when_another_launcher_is_killed(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         _until(lambda: all(_ended(rank) for rank in ranks.values()))
+
+
+def test_a_signal_that_a_process_waits_for_is_not_taken_by_what_watches_its_parent() -> None:
+    """Dataloader workers wait for SIGTERM of their job, and leave a scheduler's to the job."""
+    asked = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
+    found: list[set[Any]] = []
+    thread = threading.Thread(target=lambda: found.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    start_deaf(thread)
+    thread.join()
+    assert found[0] >= asked
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_a_job_that_was_started_by_hand_outlives_its_shell(tmp_path: Path) -> None:
