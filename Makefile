@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 # On a machine with CUDA, set CONSTRAINTS= to keep its own build of torch.
 CONSTRAINTS ?= constraints-cpu.txt
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# Files of tests side by side; what is slow in one mostly waits for its own processes.
-PYTEST_PROCESSES ?= -n 2 --dist loadfile
+# Files of tests side by side, or folders that share what is costly (tests/session/groups.py).
+PYTEST_PROCESSES ?= -n 2 --dist loadgroup
 export OMP_NUM_THREADS ?= 1
 # Installed without compiling; what is imported, a part of it, is compiled once and kept, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = [f"tests.session.{name}" for name in ("cpu_time", "kernels", "limits", "order")]
+pytest_plugins = [f"tests.session.{name}" for name in ("cpu_time", "groups", "kernels", "limits", "order")]
 
 
 @pytest.fixture(scope="session")

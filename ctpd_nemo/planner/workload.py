@@ -1,5 +1,6 @@
 """The data of a run, as far as its cost depends on it: how many pairs, and how long they are."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -82,21 +83,28 @@ class Lengths:
 def stated_lengths(workload: Workload, max_length: int) -> Lengths:
     """Lengths drawn from what is stated, the same at every call; cut at ``max_length`` as the data would be."""
     workload.check()
+    means = workload.mean_prompt_tokens, workload.mean_response_tokens
+    return _drawn_lengths(workload.pairs, *means, workload.spread, max_length)
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn_lengths(pairs: int, mean_prompt: float, mean_response: float, spread: float, max_length: int) -> Lengths:
+    """One sample of equal values, for what is made of it is kept with it: plan after plan asks for the same."""
     draw = np.random.Generator(np.random.PCG64(0))
-    variance = math.log(1 + workload.spread**2)
+    variance = math.log(1 + spread**2)
 
     def lengths(mean: float) -> Int64Array:
         drawn = draw.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), _SAMPLE)
         return np.maximum(1, drawn.round()).astype(np.int64)
 
-    prompt = np.minimum(lengths(workload.mean_prompt_tokens), max(1, max_length - 1))
-    chosen, rejected = (np.minimum(lengths(workload.mean_response_tokens), max_length - prompt) for _ in range(2))
+    prompt = np.minimum(lengths(mean_prompt), max(1, max_length - 1))
+    chosen, rejected = (np.minimum(lengths(mean_response), max_length - prompt) for _ in range(2))
     side = SideLengths(prompt, chosen, rejected)
     source = (
-        f"{workload.pairs} pairs; log-normal lengths of mean {workload.mean_prompt_tokens:g} (prompt) and "
-        f"{workload.mean_response_tokens:g} (response) tokens, spread {workload.spread:g}, stated"
+        f"{pairs} pairs; log-normal lengths of mean {mean_prompt:g} (prompt) and "
+        f"{mean_response:g} (response) tokens, spread {spread:g}, stated"
     )
-    return Lengths(workload.pairs, {"student": side, "teacher": side}, source)
+    return Lengths(pairs, {"student": side, "teacher": side}, source)
 
 
 def measured_lengths(run: RunConfig, count: int) -> Lengths:

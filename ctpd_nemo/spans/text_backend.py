@@ -30,6 +30,17 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
+def description(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that the backend is made of, as JSON; raise InputError if its parts cannot be written so."""
+    try:
+        return fast_backend(tokenizer).to_str()
+    except InputError:
+        raise
+    except Exception as error:  # the Rust side raises a bare Exception for parts written in Python
+        found = f"parts that cannot be copied ({error})"
+        raise InputError(_place(tokenizer), found, "a tokenizer that can be saved") from error
+
+
 def text_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, JsonDict]:
     """Copy the backend of ``tokenizer`` into one that reads every string as ordinary text.
 
@@ -47,12 +58,7 @@ def text_backend(tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, JsonDic
     Raises:
         InputError: the tokenizer is not a fast one, or its parts cannot be written as JSON.
     """
-    backend = fast_backend(tokenizer)
-    try:
-        spec: JsonDict = json.loads(backend.to_str())
-    except Exception as error:  # the Rust side raises a bare Exception for parts written in Python
-        found = f"parts that cannot be copied ({error})"
-        raise InputError(_place(tokenizer), found, "a tokenizer that can be saved") from error
+    spec: JsonDict = json.loads(description(tokenizer))
     spec["padding"] = spec["truncation"] = spec["post_processor"] = None
     if spec["model"]["type"] == "BPE":
         spec["model"]["dropout"] = None

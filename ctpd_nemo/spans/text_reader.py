@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -9,7 +11,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 
 from ctpd_nemo.spans.pieces import model_letters, piece_table
-from ctpd_nemo.spans.text_backend import fast_backend, text_backend
+from ctpd_nemo.spans.text_backend import description, fast_backend, text_backend
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,12 +24,6 @@ class TextReader:
         self.backend, spec = text_backend(tokenizer)
         self.pieces = piece_table(self.backend, spec)
         self._letters = model_letters(spec)
-        self._source = fast_backend(tokenizer)
-        self._source_size = self._source.get_vocab_size()
-
-    def reads(self, backend: Tokenizer) -> bool:
-        """Whether this was made from ``backend`` and no token has been added to it since."""
-        return backend is self._source and backend.get_vocab_size() == self._source_size
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, no special tokens."""
@@ -52,7 +48,11 @@ class TextReader:
         return not all(self._letters.issuperset(word) for word, _ in words)
 
 
-_READERS: WeakKeyDictionary[PreTrainedTokenizerBase, TextReader] = WeakKeyDictionary()
+# With each tokenizer its backend, how many tokens that had, and the reader.
+_READERS: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Tokenizer, int, TextReader]] = WeakKeyDictionary()
+# The newest readers by what they were made of, for tokenizers that are loaded again: each stage of a recipe does so.
+_NEWEST: OrderedDict[bytes, TextReader] = OrderedDict()
+_KEPT = 2
 
 
 def text_reader(tokenizer: PreTrainedTokenizerBase) -> TextReader:
@@ -62,7 +62,19 @@ def text_reader(tokenizer: PreTrainedTokenizerBase) -> TextReader:
     Adding tokens to the tokenizer makes a new reader; other changes to a tokenizer already in use are not seen.
     """
     backend = fast_backend(tokenizer)
-    reader = _READERS.get(tokenizer)
-    if reader is None or not reader.reads(backend):
-        reader = _READERS[tokenizer] = TextReader(tokenizer)
+    source, size, reader = _READERS.get(tokenizer, (None, 0, None))
+    if reader is None or source is not backend or size != backend.get_vocab_size():
+        reader = _made_once(tokenizer)
+        _READERS[tokenizer] = backend, backend.get_vocab_size(), reader
+    return reader
+
+
+def _made_once(tokenizer: PreTrainedTokenizerBase) -> TextReader:
+    """The reader, or that of an equal tokenizer."""
+    content = [description(tokenizer), *sorted(tokenizer.all_special_tokens)]
+    key = hashlib.sha256("\0".join(content).encode("utf-8", "surrogatepass")).digest()
+    reader = _NEWEST.pop(key, None) or TextReader(tokenizer)
+    _NEWEST[key] = reader
+    while len(_NEWEST) > _KEPT:
+        _NEWEST.popitem(last=False)
     return reader

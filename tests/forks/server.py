@@ -136,6 +136,8 @@ def _run_rank(job: dict[str, Any], rank: int, port: int) -> None:
 
         traceback.print_exc()
     finally:
+        # How it ends is settled: being asked to, as the others are once one has failed, changes nothing.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # As at the end of any interpreter: forks that still write, for one, are waited for.
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -17,7 +17,12 @@ GPUS = {"qwen2.5-72b_to_llama3.1-8b": 64}
 
 @pytest.mark.parametrize(
     ("name", "hardware"),
-    [*((name, "h100") for name in OF_THE_PAPER), (OF_THE_PAPER[-1], "h200"), (OF_THE_PAPER[-1], "b200")],
+    [
+        # Ten seconds of layouts of 64 GPUs; the study below looks at the same job.
+        *(pytest.param(name, "h100", marks=[pytest.mark.slow] if name in GPUS else []) for name in OF_THE_PAPER),
+        (OF_THE_PAPER[-1], "h200"),
+        (OF_THE_PAPER[-1], "b200"),
+    ],
 )
 def test_every_experiment_fits_where_it_says(name: str, hardware: str) -> None:
     gpus = GPUS.get(name, 8)
@@ -70,6 +75,7 @@ def test_a_small_batch_stops_paying_for_training_but_not_for_scoring(study: dict
     assert few / many == pytest.approx(4, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_larger_global_batch_makes_more_gpus_pay(study: dict[str, Any]) -> None:
     larger = plan(composed(LARGE, "gpus=[16,64]", "only=[ctpd]", "data.global_batch_size=128"))
     (stage,) = larger.values["scaling"]

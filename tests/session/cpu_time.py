@@ -88,7 +88,8 @@ def main(folder: Path, most: int = 40) -> None:
     rows = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
     tables: dict[str, Counter[str]] = {name: Counter() for name in ("folder", "file", "part", "test")}
     for row in rows:
-        file = row["test"].split("::")[0]
+        # pytest-xdist writes the group of a test behind its name.
+        file = row["test"].split("::")[0].split("@")[0]
         folder_name = "/".join(file.split("/")[:2]) or row["part"]
         tables["folder"][folder_name] += row["seconds"]
         tables["file"][file or row["part"]] += row["seconds"]

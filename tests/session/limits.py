@@ -51,6 +51,8 @@ class Limits:
             return (yield)
         finally:
             timer.cancel()
+            # Where it is at work, it ends this test's processes, and would interrupt the next one.
+            timer.join()
             faulthandler.cancel_dump_traceback_later()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

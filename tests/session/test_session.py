@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from tests.session.groups import FOLDERS, group_of
 from tests.session.order import pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,3 +122,10 @@ def test_every_test_runs_once_in_a_random_order_that_its_seed_fixes(monkeypatch:
     # Files stay together, for what they share.
     assert [path for path, _ in groupby(one, key=lambda test: test[0])] != sorted({path for path, _ in one})
     assert len(list(groupby(one, key=lambda test: test[0]))) == 20
+
+
+def test_tests_that_share_what_is_costly_are_of_one_group_and_all_others_of_their_file() -> None:
+    assert group_of("tests/distributed/test_layouts.py::test_x[a]") == "tests/distributed"
+    assert group_of("tests/pipeline/stages/test_single.py::test_x") == "tests/pipeline/stages"
+    assert group_of("tests/pipeline/test_train.py::test_x") == "tests/pipeline/test_train.py"
+    assert all((ROOT / folder / "conftest.py").exists() for folder in FOLDERS)

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.config import run_config
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
+from tests.forks.client import TOOLS, run_forked
 from tests.pipeline.recipe import recipe
 from tests.pipeline.stages.recipe_run import (
     ALL,
@@ -26,7 +27,6 @@ from tests.pipeline.stages.recipe_run import (
     run,
     scores,
 )
-from tests.pipeline.tool import kill, started
 
 pytestmark = pytest.mark.usefixtures("one_quiet_thread")
 
@@ -167,15 +167,13 @@ def test_a_stage_that_is_begun_and_then_gets_other_inputs_does_not_go_on(finishe
 
 
 def test_a_killed_process_goes_on_and_ends_with_the_same_bits(finished: Finished, tmp_path: Path) -> None:
-    long = [*STUDENT_ALONE, "trainer.max_steps=60", "trainer.epochs=100", "trainer.checkpoint_every=10"]
+    long = [*STUDENT_ALONE, "trainer.max_steps=8", "trainer.epochs=100", "trainer.checkpoint_every=3"]
     overrides = [*recipe(finished.world, tmp_path / "killed"), *long]
     checkpoints = tmp_path / "killed/sft_student/checkpoints"
-    with started("pipeline.py", overrides, tmp_path) as process:
-        while not (checkpoints / "step-00000010").is_dir():
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.005)
-        kill(process)
-    assert not (checkpoints / "step-00000060").exists()
+    fault = {"point": "after a row", "nth": 5, "rank": 0, "signal": int(signal.SIGKILL)}
+    done = run_forked(tmp_path, program=str(TOOLS / "pipeline.py"), arguments=overrides, fault=fault)
+    assert done.statuses == [-signal.SIGKILL], done.stderr
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000003"]
     assert not (tmp_path / "killed/sft_student/export").exists()
     assert done_again(run(overrides)) == ["sft_student"]
     run([*recipe(finished.world, tmp_path / "never"), *long])
