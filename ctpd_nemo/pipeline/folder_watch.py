@@ -53,6 +53,17 @@ class FolderWatch(Callback):
         Raises:
             InputError: The folder is gone.
         """
+        self._stop_if_gone(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Look before the last files are written; every rank calls it together.
+
+        Raises:
+            InputError: The folder is gone.
+        """
+        self._stop_if_gone(trainer)
+
+    def _stop_if_gone(self, trainer: pl.Trainer) -> None:
         if on_rank_0(self._is_gone):
             found = f"no folder any more, at step {trainer.global_step}: removed or moved while a job was at work in it"
             expected = "it to stay until the job ends; where it was moved, run_dir=THERE goes on from its checkpoints"

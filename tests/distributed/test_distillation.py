@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader
 from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 from tests.distributed import plain
 from tests.distributed.conftest import Launches
@@ -236,5 +237,6 @@ def _end(folder: Path, step: int) -> tuple[dict[str, Tensor], ...]:
 
 def _projectors(folder: Path, step: int = STEPS) -> dict[str, Tensor]:
     """The projectors in a checkpoint of a run."""
-    stored = CheckpointTensors(folder / "checkpoints" / f"step-{step:08d}")
-    return {name: stored(name, ()) for name in PROJECTORS}
+    checkpoint = CheckpointReader(folder / "checkpoints" / f"step-{step:08d}")
+    stored, sizes = CheckpointTensors(checkpoint), checkpoint.metadata.state_dict_metadata
+    return {name: stored(name, tuple(sizes[name].size)) for name in PROJECTORS}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from ctpd_nemo.evaluation.card import stated_licence
+from ctpd_nemo.evaluation.base_models import stated_licence
 from ctpd_nemo.evaluation.front_matter import split_card
 
 LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(

@@ -35,9 +35,9 @@ def test_a_pad_token_beyond_the_weights_that_nothing_writes_is_no_reason_to_refu
 @pytest.mark.parametrize(
     "template",
     [
-        CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant[PAD]"),
-        CHATML + "{{ pad_token }}",
-        CHATML.replace("{{ '<|im_start|>assistant", "{{ '[PA' ~ 'D]' ~ '<|im_start|>assistant"),
+        "[PAD]" + CHATML,
+        "{{ pad_token }}" + CHATML,
+        "{{ '[PA' ~ 'D]' }}" + CHATML,
         CHATML.replace("<|im_end|>", "[PAD]"),
     ],
     ids=["by its string", "by its name", "put together", "as the end of a turn"],

@@ -51,16 +51,18 @@ class Job:
 def base_model(source: Path, folder: Path) -> Path:
     """A copy as a base model is: no template but a named one, and the end of a text for EOS."""
     shutil.copytree(source, folder)
+    ids = AutoTokenizer.from_pretrained(source).get_vocab()
     (folder / "chat_template.jinja").unlink()
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "plain.jinja").write_text(NAMED)
     for name, change in (
         ("tokenizer_config.json", {"eos_token": "<|pad|>"}),
-        ("config.json", {"eos_token_id": 509}),
+        ("config.json", {"eos_token_id": ids["<|pad|>"]}),
     ):
         path = folder / name
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    GenerationConfig(eos_token_id=509, bos_token_id=505, temperature=0.25, do_sample=True).save_pretrained(folder)
+    stops = {"eos_token_id": ids["<|pad|>"], "bos_token_id": ids["<|begin_of_text|>"]}
+    GenerationConfig(**stops, temperature=0.25, do_sample=True).save_pretrained(folder)
     return folder
 
 
@@ -126,18 +128,19 @@ def test_the_folder_s_own_template_is_the_one_that_was_trained_and_named_ones_st
 
 def test_generation_stops_where_training_ended_turns_and_where_the_base_did(job: Job, exported: Path) -> None:
     defaults = GenerationConfig.from_pretrained(exported)
-    assert defaults.eos_token_id == [508, 509]
-    assert (defaults.temperature, defaults.do_sample, defaults.bos_token_id) == (0.25, True, 505)
-    assert AutoTokenizer.from_pretrained(exported).eos_token == "<|pad|>"
     tokenizer, model = AutoTokenizer.from_pretrained(exported), AutoModelForCausalLM.from_pretrained(exported)
+    begin, end, pad = tokenizer.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>", "<|pad|>"])
+    assert defaults.eos_token_id == [end, pad]
+    assert (defaults.temperature, defaults.do_sample, defaults.bos_token_id) == (0.25, True, begin)
+    assert tokenizer.eos_token == "<|pad|>"
     # A model that has the end of turn for the likeliest token of all, whatever it is asked.
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()
         model.model.embed_tokens.weight.fill_(1.0)
-        model.model.embed_tokens.weight[508] = 2.0
+        model.model.embed_tokens.weight[end] = 2.0
     inputs = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist() == [508]
+    assert model.generate(**inputs, max_new_tokens=20)[0, inputs["input_ids"].shape[1] :].tolist() == [end]
 
 
 def test_the_export_is_read_back_before_it_has_its_name(
@@ -146,7 +149,10 @@ def test_the_export_is_read_back_before_it_has_its_name(
     with caplog.at_level(logging.INFO, "ctpd_nemo"):
         job.export("read")
     (line,) = [record.getMessage() for record in caplog.records if "read back" in record.getMessage()]
-    assert "end of turn 508 and all tensors are those of the run; generation stops there; log-probs of a probe" in line
+    end = AutoTokenizer.from_pretrained(job.base).convert_tokens_to_ids("<|eot_id|>")
+    assert (
+        f"end of turn {end} and all tensors are those of the run; generation stops there; log-probs of a probe" in line
+    )
     difference = float(line.split("within ")[1].split(" nats")[0])
     assert difference < 1e-5
     caplog.clear()
@@ -258,7 +264,8 @@ def test_a_tokenizer_of_another_folder_is_exported_with_its_own_ids(world: TinyW
     assert (folder / "tokenizer.json").read_bytes() == (other / "tokenizer.json").read_bytes()
     defaults = GenerationConfig.from_pretrained(folder)
     # Ids of the base's own defaults are of another vocabulary.
-    assert (defaults.eos_token_id, defaults.bos_token_id, defaults.pad_token_id) == ([508, 509], 505, 0)
+    begin, end, pad = trained.convert_tokens_to_ids(["<|begin_of_text|>", "<|eot_id|>", "<|pad|>"])
+    assert (defaults.eos_token_id, defaults.bos_token_id, defaults.pad_token_id) == ([end, pad], begin, 0)
 
 
 def test_a_tokenizer_that_would_be_another_one_beside_the_weights_is_refused_before_it_is_trained(

@@ -82,9 +82,15 @@ LATE: dict[str, tuple[list[str], str, str, Callable[[TinyWorld, Path], None]]] =
     "a bad row": (["+stages.ctpd.data.train=[broken.jsonl]"], "broken.jsonl:25", "malformed JSON", _broken_pairs),
     "no held-out data": (["+stages.ctpd.data.validation=[no.jsonl]"], "no.jsonl", "no such", _nothing),
     "longer than a model": (
-        ["+stages.ctpd.data.max_length=100000", "+stages.ctpd.data.microbatch_tokens=400000"],
-        "stage ctpd, data.max_length",
+        ["+stages.dpo_student.data.max_length=100000", "+stages.dpo_student.data.microbatch_tokens=400000"],
+        "stage dpo_student, data.max_length",
         "100000",
+        _nothing,
+    ),
+    "other spans than the scores have": (
+        ["+stages.ctpd.data.max_length=100"],
+        "stages.ctpd.data.max_length",
+        "100",
         _nothing,
     ),
     "more than a vocabulary": (

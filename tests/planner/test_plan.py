@@ -120,7 +120,7 @@ def test_local_attention_costs_more_memory_and_operations() -> None:
         ("workload.pairs=0", "workload.pairs"),
         ("workload.spread=nan", "workload.spread"),
         ("workload.mean_prompt_tokens=nan", "workload.mean_prompt_tokens"),
-        ("workload.measure=4", "data/ultrafeedback_binarized/train_prefs.parquet"),
+        ("workload.measure=4", "models/Llama-3.2-1B"),
         ("only=[nothing]", "stages"),
         ("model.teacher.path=models/Unknown-1B", "model.teacher.path"),
         ("precision.dtype=int3", "precision.dtype"),

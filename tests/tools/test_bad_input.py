@@ -166,7 +166,7 @@ def test_a_folder_that_is_no_usable_model_is_named(world: TinyWorld, tmp_path: P
     error = refused(train, values(world, run_dir, model={"student": {"path": str(folder)}}), run_dir, may_log=True)
     assert (error.place, error.found) == (place, found)
     if what == "another family":
-        assert error.expected == "one of the known families: llama, mistral, qwen2, qwen3"
+        assert error.expected == "one of the known families: llama, mistral, qwen2, qwen3, ministral"
 
 
 def test_a_model_that_is_not_given_is_asked_for_by_key(world: TinyWorld, run_dir: Path) -> None:

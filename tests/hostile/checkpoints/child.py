@@ -57,7 +57,8 @@ class _Watch:
             self._write(event, arguments[:2])
 
     def _write(self, event: str, paths: tuple[Any, ...]) -> None:
-        for path in paths:
+        # What goes to the null device is nowhere: libraries send their output there while they look for a compiler.
+        for path in (path for path in paths if path != os.devnull):
             if isinstance(path, str | bytes):
                 at = Path(os.path.abspath(os.fsdecode(path)))
                 if self._folder != at and self._folder not in at.parents:

@@ -113,7 +113,7 @@ def _as_moment(folder: Path, content: bytes) -> None:
 
 
 def _as_extra_state(folder: Path, content: bytes) -> None:
-    replace(folder, EXTRA_STATE, saved([torch.frombuffer(bytearray(content), dtype=torch.uint8)]))
+    replace(folder, EXTRA_STATE, saved([torch.tensor(list(content), dtype=torch.uint8)]))
 
 
 PICKLES: dict[str, Callable[[Path, bytes], None]] = {
