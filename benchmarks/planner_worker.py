@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop, sdpa_backward_
 
 from ctpd_nemo.convert.architecture import Architecture, parse_architecture
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.losses.logprobs import token_logprobs
 from ctpd_nemo.models.forward import LossFunction, StepLoss, run_microbatches
 from ctpd_nemo.models.gpt import build_gpt

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from ctpd_nemo.data.config import DataConfig
-from ctpd_nemo.data.encode import EncodedPair
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.models.config import ModelsConfig, RunConfig, SideConfig, TrainerConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.data import RunData

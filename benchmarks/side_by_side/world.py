@@ -6,7 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from ctpd_nemo.data.config import DataConfig
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder, SideTokens
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.models.config import ModelsConfig, RunConfig, SideConfig, TrainerConfig

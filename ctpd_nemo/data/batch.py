@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ctpd_nemo.data.encode import EncodedPair, Responses, SideName, SideTokens
+from ctpd_nemo.data.encoded_pair import EncodedPair, Responses, SideName, SideTokens
 from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.data.packing import round_up, whole_multiple
 from ctpd_nemo.errors import InputError

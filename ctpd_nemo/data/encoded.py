@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import (
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import (
     DIFFERENCES,
     SKIP_REASONS,
     EncodedPair,
     EncodedResponse,
-    PairEncoder,
     Responses,
     SideName,
     SideTokens,

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import SKIP_REASONS, EncodedPair, EncodedResponse, Skipped
 from ctpd_nemo.data.encoded import (
     ARRAYS,
     CHECKS,
@@ -26,6 +25,7 @@ from ctpd_nemo.data.encoded import (
     verify_shard,
     without_own_prompt,
 )
+from ctpd_nemo.data.encoded_pair import SKIP_REASONS, EncodedPair, EncodedResponse, Skipped
 from ctpd_nemo.data.source import PairSource
 from ctpd_nemo.data.workers import WorkerLoader
 from ctpd_nemo.errors import InputError

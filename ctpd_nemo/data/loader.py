@@ -17,8 +17,9 @@ from torch.utils.data import Dataset
 from ctpd_nemo.data.balance import even_out, split_by_rank
 from ctpd_nemo.data.batch import Microbatch, SpanScores, build_microbatch
 from ctpd_nemo.data.cost import SequenceCost
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
+from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset
+from ctpd_nemo.data.encoded_pair import EncodedPair, Responses, SideName, Skipped
 from ctpd_nemo.data.packing import check_budget, pack, pack_padded, round_up, whole_multiple
 from ctpd_nemo.data.preferences import PreferenceDataset
 from ctpd_nemo.data.source import PairSource, TextSource

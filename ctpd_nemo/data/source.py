@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Responses, SideName, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, Responses, SideName, Skipped
 from ctpd_nemo.data.preferences import PreferenceDataset
 
 Int64Array = NDArray[np.int64]

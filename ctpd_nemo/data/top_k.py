@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ctpd_nemo.data.encode import EncodedPair
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
 
 Float32Array = NDArray[np.float32]

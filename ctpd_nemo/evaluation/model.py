@@ -17,7 +17,7 @@ from ctpd_nemo.json_files import read_object
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ctpd_nemo.data.encode import EncodedPair, SideTokens
+    from ctpd_nemo.data.encoded_pair import EncodedPair, SideTokens
     from ctpd_nemo.data.templates import Side
 
 FloatArray = NDArray[np.float64]

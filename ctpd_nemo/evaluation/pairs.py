@@ -13,7 +13,8 @@ from ctpd_nemo.evaluation.base_models import RECORD, read_json
 
 # What needs transformers is imported where it is used: it takes seconds to load.
 if TYPE_CHECKING:
-    from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+    from ctpd_nemo.data.encode import PairEncoder
+    from ctpd_nemo.data.encoded_pair import EncodedPair
     from ctpd_nemo.data.forms import PreferencePair
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def encode_rows(
     rows: list[Row], encoders: Sequence[PairEncoder]
 ) -> tuple[list[Row], list[list[EncodedPair]], Counter[str]]:
     """Encode with each encoder the rows that all of them can encode; the others are counted by reason."""
-    from ctpd_nemo.data.encode import EncodedPair
+    from ctpd_nemo.data.encoded_pair import EncodedPair
 
     kept: list[Row] = []
     encoded: list[list[EncodedPair]] = [[] for _ in encoders]

@@ -25,7 +25,7 @@ from ctpd_nemo.pipeline.tiny_world.pairs import answer_of
 # torch, transformers and what needs them are imported where they are used: they take seconds to load, and a module that
 # only names an Evaluation does not need them.
 if TYPE_CHECKING:
-    from ctpd_nemo.data.encode import EncodedPair
+    from ctpd_nemo.data.encoded_pair import EncodedPair
 
 _N_SAMPLES = 10
 
@@ -51,7 +51,7 @@ class Evaluation:
 
     Attributes:
         n: Pairs that were scored.
-        skipped: Pairs that were not, by reason (see ``data.encode.Skipped``).
+        skipped: Pairs that were not, by reason (see ``data.encoded_pair.Skipped``).
         preference_accuracy: Share of pairs with log pi(chosen) > log pi(rejected); a tie counts half.
         preference_accuracy_per_token: The same with each log-prob divided by its number of tokens.
         reward_margin: Mean of [log pi(chosen) - log pi_ref(chosen)] - [log pi(rejected) - log pi_ref(rejected)],

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.data.batch import Microbatch, Renumbered, Responses, SideName, SpanScores
 from ctpd_nemo.data.config import longest_row
-from ctpd_nemo.data.encode import PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset
+from ctpd_nemo.data.encoded_pair import Skipped
 from ctpd_nemo.data.loader import Batching, StepLoader, build_step_loader
 from ctpd_nemo.data.packing import check_budget
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences

@@ -17,7 +17,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import DIFFERENCES, SKIP_REASONS
+from ctpd_nemo.data.encoded_pair import DIFFERENCES, SKIP_REASONS
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.losses.logprobs import token_logprobs
 from ctpd_nemo.losses.margins import label_and_best_other

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ctpd_nemo.convert.architecture import Architecture
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.data.loader import Batching
 from ctpd_nemo.data.packing import pack, round_up
 from ctpd_nemo.errors import InputError

@@ -14,7 +14,7 @@ from torch import Tensor
 from ctpd_nemo.convert.layout import hf_tensor_shapes
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
 from ctpd_nemo.data.chat_template import RefusedConversationError
-from ctpd_nemo.data.encode import EncodedPair
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.data.forms import Message, PreferencePair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object

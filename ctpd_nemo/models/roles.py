@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import SideName
+from ctpd_nemo.data.encoded_pair import SideName
 from ctpd_nemo.models.forward import span_margins
 from ctpd_nemo.models.teacher import FrozenModel
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import SideName
+from ctpd_nemo.data.encoded_pair import SideName
 from ctpd_nemo.data.loader import StepBatch
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse
 from ctpd_nemo.losses.spans import sum_by
 from ctpd_nemo.losses.weights import (
     average_weights,

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from megatron.core import parallel_state
 
-from ctpd_nemo.data.encode import Skipped
+from ctpd_nemo.data.encoded_pair import Skipped
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.data import FIRST_PAIRS, RunData, no_usable_pair

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ctpd_nemo.data.encode import FAULTS
 from ctpd_nemo.data.encoded import EncodedDataset, Manifest
+from ctpd_nemo.data.encoded_pair import FAULTS
 from ctpd_nemo.data.encoded_writer import write_encoded
 from ctpd_nemo.data.source import TextSource
 from ctpd_nemo.errors import InputError

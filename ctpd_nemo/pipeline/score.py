@@ -14,7 +14,7 @@ from lightning.pytorch import Trainer
 from numpy.typing import NDArray
 
 from ctpd_nemo.convert.architecture import read_architecture
-from ctpd_nemo.data.encode import SideName
+from ctpd_nemo.data.encoded_pair import SideName
 from ctpd_nemo.data.loader import StepDataset, StepLoader
 from ctpd_nemo.data.steps import StepPlan
 from ctpd_nemo.errors import InputError

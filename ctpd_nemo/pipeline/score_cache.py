@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import EncodedPair
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.roles import ROLES

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ctpd_nemo.data.encode import EncodedPair
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums

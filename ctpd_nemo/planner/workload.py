@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctpd_nemo.data.config import longest_row
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.config import RunConfig

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder, SideTokens
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.errors import InputError
 

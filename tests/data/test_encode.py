@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, Skipped
 from ctpd_nemo.data.forms import Message, PreferencePair
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side

@@ -13,7 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_nemo.data.chat_template import RefusedConversationError
-from ctpd_nemo.data.encode import FAULTS, EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import FAULTS, EncodedPair, Skipped
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from tests.data.conversations import CONVERSATIONS, TEMPLATES, Oracle, rows

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.data.loader import Batching, StepBatch, StepStats, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences

@@ -12,8 +12,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_nemo.data.config import DataConfig, longest_row
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset, Manifest
+from ctpd_nemo.data.encoded_pair import EncodedPair, Skipped
 from ctpd_nemo.data.encoded_writer import write_encoded
 from ctpd_nemo.data.loader import Batching, StepStats, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset, open_preferences

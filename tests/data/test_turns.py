@@ -9,8 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ctpd_nemo.data.chat_template import RefusedConversationError
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder
+from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded import EncodedDataset, Manifest
+from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.data.encoded_writer import write_encoded
 from ctpd_nemo.data.forms import Message, PreferencePair
 from ctpd_nemo.data.source import TextSource

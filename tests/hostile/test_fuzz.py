@@ -16,7 +16,8 @@ from megatron.core.dist_checkpointing.strategies import common
 
 from ctpd_nemo.convert.architecture import read_architecture
 from ctpd_nemo.convert.safetensors_folder import SafetensorsFolder
-from ctpd_nemo.data.encode import SKIP_REASONS, EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import SKIP_REASONS, EncodedPair, Skipped
 from ctpd_nemo.data.forms import PreferencePair, RowError, parse_pair
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, Skipped
 from ctpd_nemo.data.forms import Message, PreferencePair
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ctpd_nemo.data.batch import Microbatch, build_microbatch
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.models.roles import ROLES, by_model
 from ctpd_nemo.models.weighting import WEIGHTINGS, SpanDraws, Spans, Weighting
 

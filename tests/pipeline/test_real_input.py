@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, PairEncoder
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.pipeline import quiet

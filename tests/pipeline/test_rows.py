@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 
-from ctpd_nemo.data.encode import FAULTS, Skipped
+from ctpd_nemo.data.encoded_pair import FAULTS, Skipped
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.preferences import evaluate_folder

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ctpd_nemo.data.batch import Microbatch
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, Skipped
 from ctpd_nemo.data.loader import Batching, StepBatch, build_step_loader
 from ctpd_nemo.data.preferences import PreferenceDataset
 from ctpd_nemo.data.source import TextSource

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ctpd_nemo.data.encode import EncodedPair, EncodedResponse, SideTokens
+from ctpd_nemo.data.encoded_pair import EncodedPair, EncodedResponse, SideTokens
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, PairScores, ScoreReader, ScoreWriter

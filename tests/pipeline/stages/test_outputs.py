@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ctpd_nemo.data.encode import EncodedPair, PairEncoder, Skipped
+from ctpd_nemo.data.encode import PairEncoder
+from ctpd_nemo.data.encoded_pair import EncodedPair, Skipped
 from ctpd_nemo.data.preferences import open_preferences
 from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
