@@ -117,20 +117,25 @@ FILES_ONLY = {"a folder": "there", "a device": "/dev/null"}
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with what is in the way of others; one in it cannot be written to, whoever runs the tests."""
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "there").mkdir()
-    (tmp_path / "locked").mkdir()
-    (tmp_path / "nothing").symlink_to("nowhere")
-    (tmp_path / "loop").symlink_to("loop")
-    monkeypatch.chdir(tmp_path)
+    """A working folder with what is in the way of others; one in it cannot be written to, whoever runs the tests.
+
+    The one above it holds nothing else: there are no runs of other tests.
+    """
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "file").write_text("precious")
+    (here / "there").mkdir()
+    (here / "locked").mkdir()
+    (here / "nothing").symlink_to("nowhere")
+    (here / "loop").symlink_to("loop")
+    monkeypatch.chdir(here)
     access = os.access
     monkeypatch.setattr(
         output_paths.os,
         "access",
-        lambda path, mode, **more: Path(path) != tmp_path / "locked" and access(path, mode),
+        lambda path, mode, **more: Path(path) != here / "locked" and access(path, mode),
     )
-    return tmp_path
+    return here
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:
