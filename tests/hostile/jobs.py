@@ -47,7 +47,7 @@ def _exports() -> list[Case]:
         _exported("a config that is no JSON", "no JSON", "the config of a run", "config.json", "{"),
         _exported("a config that is a list", "a JSON list", "the config of a run", "config.json", "[]"),
         _exported("a method that is text", "'sft'", "keys and their values", "method.name", '{"method": "sft"}'),
-        _exported("a policy that is a list", "a", "policy and model", "config.json", '{"policy": ["a"]}'),
+        _exported("a policy that is a list", "['a']", "policy and model", "config.json", '{"policy": ["a"]}'),
         _exported(
             "a teacher that is a number", "7", "a string", "model.teacher.path", '{"model": {"teacher": {"path": 7}}}'
         ),

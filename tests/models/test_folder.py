@@ -51,6 +51,24 @@ def test_a_pad_token_beyond_the_weights_that_the_template_writes_is_refused(
         check_vocabulary(Side(tokenizer, template), rows, "folder")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML.replace("<|im_start|>assistant", "<|im_start|>assistant[PAD]"),
+        CHATML + "{{ pad_token }}",
+        CHATML.replace("{{ '<|im_start|>assistant", "{{ '[PA' ~ 'D]' ~ '<|im_start|>assistant"),
+    ],
+    ids=["by its string", "by its name", "put together"],
+)
+def test_a_template_that_writes_a_pad_token_in_the_prompt_alone_is_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str
+) -> None:
+    """Whatever the weights: what is asked is not what is trained."""
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    with pytest.raises(InputError, match=r"found a prompt that ends .*\[PAD\]"):
+        Side(tokenizer, template)
+
+
 def test_a_token_beyond_the_weights_that_a_text_can_hold_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = len(tokenizer)
     tokenizer.add_tokens(["<think>"])

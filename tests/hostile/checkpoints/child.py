@@ -48,7 +48,8 @@ class _Watch:
         if self.seen is None:
             return
         if event in _STARTS or event.startswith("socket."):
-            self.seen.append(event)
+            # With what is started: one process that a job may start is no leave for another.
+            self.seen.append(f"{event} {arguments[1]}" if event == "subprocess.Popen" else event)
         elif event == "import" and arguments[0] == "planted":
             self.seen.append("import planted")
         elif event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING:
@@ -57,8 +58,7 @@ class _Watch:
             self._write(event, arguments[:2])
 
     def _write(self, event: str, paths: tuple[Any, ...]) -> None:
-        # What goes to the null device is nowhere: libraries send their output there while they look for a compiler.
-        for path in (path for path in paths if path != os.devnull):
+        for path in paths:
             if isinstance(path, str | bytes):
                 at = Path(os.path.abspath(os.fsdecode(path)))
                 if self._folder != at and self._folder not in at.parents:
@@ -82,6 +82,13 @@ def _import_all() -> None:
         importlib.import_module(name)
     quiet.after_imports()
     sys.modules["torch"].set_num_threads(1)
+
+
+def _try_tokenizer(case: dict[str, Any]) -> None:
+    """Have it tried out, which takes a process, once and before anything is watched: that is no checkpoint's."""
+    from ctpd_nemo.data.tokenizer_folder import load_tokenizer
+
+    load_tokenizer(str(Path(case["world"]) / "student"))
 
 
 def _jobs(case: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -186,6 +193,7 @@ def main() -> None:
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         case = json.loads(line)
+        _try_tokenizer(case)
         read, write = os.pipe()
         process = os.fork()
         if process == 0:

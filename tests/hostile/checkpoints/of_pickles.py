@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.hostile.checkpoints.family import Attack
+from tests.hostile.checkpoints.family import DONE, REFUSED, Attack
 from tests.hostile.checkpoints.payloads import PAYLOADS, PROTOCOLS, load_a_nested_storage, programs
 from tests.hostile.checkpoints.places import PICKLES, VALUES
 
@@ -27,7 +27,9 @@ def _program(place: str, name: str, fires: bool) -> Attack:
     def edit(folder: Path, canary: Path) -> None:
         PICKLES[place](folder, programs(canary)[name][0])
 
-    return Attack(f"{name} as {place}", edit, fires)
+    # Layers without FP8 keep an empty state: one that is read, and says nothing.
+    outcome = DONE if (place, name) == ("an extra state", "nothing") else REFUSED
+    return Attack(f"{name} as {place}", edit, fires, outcome, outcome)
 
 
 def calls() -> Iterator[Attack]:

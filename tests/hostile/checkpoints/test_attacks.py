@@ -44,6 +44,11 @@ def harmless(watched: Watch, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return watched(None, folder=folder), folder / "case"
 
 
+def _is_record(event: str) -> bool:
+    """Whether it is how a job finds its commit and host, before it reads any checkpoint."""
+    return event.startswith("subprocess.Popen ['git', ") or event == "socket.gethostname"
+
+
 def _weights(case: Path) -> bytes:
     return (case / "export/model.safetensors").read_bytes()
 
@@ -53,8 +58,8 @@ def test_a_checkpoint_that_nobody_touched_is_resumed_and_exported(harmless: Any,
     seen, case = harmless
     for job in ("exported", "resumed"):
         assert (seen[job]["kind"], seen[job]["said"]) == ("", "")
-    written = [event for job in seen.values() for event in job["events"] if "/" in event]
-    assert {event.rpartition(" ")[2] for event in written} <= {"/dev/null"}
+    assert seen["exported"]["events"] == []
+    assert {event for event in seen["resumed"]["events"] if not _is_record(event)} <= {"os.fork"}
     found, expected = (tensors(run_dir / LAST) for run_dir in (case / "run", whole_run))
     assert found.keys() == expected.keys()
     assert len(found) > 20
@@ -65,7 +70,8 @@ def _check(attack: Attack, watched: Watch, harmless: tuple[Answer, Path], folder
     answer = watched(attack, folder=folder)
     for job, outcome in (("exported", attack.exported), ("resumed", attack.resumed)):
         seen, usual = answer[job], harmless[0][job]
-        assert [event for event in seen["events"] if event not in usual["events"]] == [], job
+        events = usual["events"] if outcome != REFUSED else filter(_is_record, usual["events"])
+        assert set(seen["events"]) - set(events) == set(), job
         assert seen["kind"] == ("InputError" if outcome == REFUSED else ""), f"{job}: {seen['said']}"
         assert seen["said"].isprintable()
         assert seen["memory"] < usual["memory"] + MEMORY, job
