@@ -13,6 +13,7 @@ from ctpd_nemo.data.forms import PreferencePair
 from ctpd_nemo.data.messages import KeptFields
 from ctpd_nemo.data.template_fields import FieldReader, kept_fields
 from ctpd_nemo.data.templates import Prompt, Side
+from ctpd_nemo.data.turns import Reading
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.spans import AlignedSpans, align_batch
 
@@ -183,7 +184,7 @@ class PairEncoder:
         prompts: dict[SideName, list[Prompt]] = {}
         differences: list[tuple[str, ...]] = [(), ()]
         for name, side in sides.items():
-            rendered, readings = side.read(pair.prompt, texts, pair.place, pair.fields)
+            rendered, readings = _read_in(side, pair, texts)
             prompts[name] = [Prompt(pair.prompt, rendered, one.opening, pair.place, pair.fields) for one in readings]
             differences = [
                 (*known, f"{name}_{one.difference}") if one.difference else known
@@ -200,7 +201,7 @@ class PairEncoder:
         for _ in range(_MOST_RENDERINGS):
             before = texts
             for side in sides:
-                chosen, rejected = side.read(pair.prompt, texts, pair.place, pair.fields)[1]
+                chosen, rejected = _read_in(side, pair, texts)[1]
                 texts = (chosen.text, rejected.text)
             if texts == before:
                 return texts
@@ -277,6 +278,12 @@ class _Response:
     reference_prompt: NDArray[np.int32]
     spans: AlignedSpans
     differences: tuple[str, ...]
+
+
+def _read_in(side: Side, pair: PreferencePair, texts: Sequence[str]) -> tuple[str, list[Reading]]:
+    """Find both responses of a pair in the conversations that a side writes of its messages."""
+    turns = {number: pair.whole[name] for number, name in enumerate(("chosen", "rejected")) if name in pair.whole}
+    return side.read(pair.prompt, texts, pair.place, pair.fields, turns)
 
 
 def _is_of_a_row(error: BaseException) -> bool:

@@ -170,6 +170,7 @@ class Side:
         responses: Sequence[str],
         place: str = "",
         fields: Mapping[str, Any] | None = None,
+        turns: Mapping[int, Message] | None = None,
     ) -> tuple[str, list[Reading]]:
         """Render a prompt and find each response in the conversation that ends with it.
 
@@ -178,6 +179,7 @@ class Side:
             responses: To it.
             place: Where they were read, for errors.
             fields: What else the template is given.
+            turns: The messages of responses, by their number, of which the template makes more than their text.
 
         Returns:
             The prompt's text, for generation; and of each response where it stands.
@@ -188,8 +190,9 @@ class Side:
         """
         rendered = self.render_text(prompt, place=place, fields=fields)
         readings = []
-        for response in responses:
-            conversation = self.render_text([*prompt, Message("assistant", response)], False, place, fields)
+        for number, response in enumerate(responses):
+            turn = (turns or {}).get(number) or Message("assistant", response)
+            conversation = self.render_text([*prompt, turn], False, place, fields)
             try:
                 readings.append(read_response(self._style, rendered, conversation, response))
             except MismatchError as error:
