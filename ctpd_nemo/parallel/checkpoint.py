@@ -4,6 +4,7 @@ What is in them, and where it goes. ``checkpoint_writer`` writes them, ``checkpo
 ``checkpoint_reader`` reads them.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ctpd_nemo.parallel.checkpoint_pickles import refusal
 from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, TrainState, reading
 from ctpd_nemo.parallel.checkpoint_writer import CheckpointWriter
 from ctpd_nemo.parallel.optimizer import LightningOptimizer
-from ctpd_nemo.parallel.optimizer_state import is_distributed, load_state, sharded_state
+from ctpd_nemo.parallel.optimizer_state import expected_state, is_distributed, load_state, sharded_state
 
 # What is in no shard; the last is Megatron-Core's own, over what it was told of the optimizer's.
 _COMMON = {"state", "optimizer", "scheduler", "content_metadata"}
@@ -88,7 +89,7 @@ def save(
                 chunk.start_param_sync(force_sync=True)
         sharded = _model_state(chunks)
         if optimizer is not None:
-            sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=False)
+            sharded["optimizer"] = sharded_state(optimizer.megatron, sharded)
             sharded["scheduler"] = optimizer.scheduler.state_dict()
             sharded["rng"] = _rng_object()
         # JSON, so that reading it back needs no pickle.
@@ -124,7 +125,7 @@ def load(
         raise refusal(str(checkpoint.folder), f"a common state with {', '.join(sorted(map(repr, unknown)))}")
     sharded = _model_state(chunks)
     if optimizer is not None:
-        sharded["optimizer"] = sharded_state(optimizer.megatron, sharded, is_loading=True)
+        sharded["optimizer"] = expected_state(optimizer.megatron, sharded)
         _check_optimizer(checkpoint, common, optimizer)
         if state.fingerprints.get("layout") == layout_name():
             sharded["rng"] = _rng_object()
@@ -133,7 +134,9 @@ def load(
         for name, model in _models(chunks).items():
             model.load_state_dict(loaded[name])
         if optimizer is not None:
-            load_state(optimizer.megatron, loaded["optimizer"])
+            with checkpoint_megatron.raising_together(checkpoint):
+                read = functools.partial(checkpoint_megatron.read, checkpoint=checkpoint)
+                load_state(optimizer.megatron, loaded["optimizer"], _model_state(chunks), read)
             optimizer.scheduler.load_state_dict(loaded["scheduler"])
             if "rng" in sharded:
                 torch.set_rng_state(loaded["rng"]["torch"])

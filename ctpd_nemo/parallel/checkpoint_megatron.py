@@ -6,13 +6,16 @@ call, objects in torch's planner. Here are the same steps with the parts of it t
 all reading, which is ``CheckpointReader``'s. Nothing of Megatron-Core and torch that is called here opens a file.
 """
 
+import contextlib
+import functools
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
@@ -26,11 +29,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parallel.agreement import any_rank
 from ctpd_nemo.parallel.checkpoint_reader import CheckpointReader, reading
+from ctpd_nemo.parallel.checkpoint_tensors import CheckpointTensors
 
 
 def load(sharded: dict[str, Any], checkpoint: CheckpointReader) -> dict[str, Any]:
@@ -53,6 +58,44 @@ def load(sharded: dict[str, Any], checkpoint: CheckpointReader) -> dict[str, Any
     return apply_factory_merges(state, factories)
 
 
+def read(sharded: dict[str, Any], checkpoint: CheckpointReader) -> dict[str, Any]:
+    """A sharded state of tensors, filled from a checkpoint by this rank alone, in the memory of what it asks for.
+
+    Raises:
+        InputError: The checkpoint lacks one, or has it in another form.
+    """
+    sharded, _, factories = load_preprocess(sharded)
+    tensors = CheckpointTensors(checkpoint)
+    dict_list_map_inplace(functools.partial(_part, tensors), sharded)
+    return apply_factory_merges(sharded, factories)
+
+
+def _part(tensors: CheckpointTensors, place: ShardedTensor) -> Tensor:
+    """One shard of a tensor, on the CPU; rows of a vocabulary's padding that are not there are zeros."""
+    sizes = (*(1,) * place.prepend_axis_num, *place.local_shape)
+    expected = None if place.allow_shape_mismatch else place.global_shape
+    return tensors.region(place.key, place.global_offset, sizes, expected).reshape(place.local_shape)
+
+
+@contextlib.contextmanager
+def raising_together(checkpoint: CheckpointReader) -> Iterator[None]:
+    """Raise what any rank meets in reading on all of them; the others would wait for it in what they do next.
+
+    Raises:
+        InputError: The checkpoint lacks something, or has it in another form.
+    """
+    error = None
+    try:
+        with reading(checkpoint.folder):
+            yield
+    except InputError as found:
+        error = found
+    if any_rank(error is not None):
+        met: list[InputError | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(met, error)
+        raise error or next(first for first in met if first is not None)
+
+
 class _Reading:
     """The load strategy: ``TorchDistLoadShardedStrategy.load`` of Megatron-Core, reading from an open checkpoint."""
 
@@ -61,14 +104,8 @@ class _Reading:
 
     def load(self, sharded: dict[str, Any], folder: Path, async_strategy: str | None = None) -> dict[str, Any]:
         """Fill a part of the state; the wrapper asks for objects and for tensors, one after the other."""
-        error, filled = None, {}
-        try:
-            with reading(self._checkpoint.folder):
-                filled = self._fill(sharded)
-        except InputError as found:
-            error = found
-        _raise_together(error)
-        return filled
+        with raising_together(self._checkpoint):
+            return self._fill(sharded)
 
     def _fill(self, sharded: dict[str, Any]) -> dict[str, Any]:
         tensors = [item for item in nested_values(sharded) if isinstance(item, ShardedTensor)]
@@ -110,11 +147,3 @@ class _Reading:
                     raise ValueError(f"{index.fqn} of shape {tuple(source.size())} for {tuple(target.size())}")
                 target.copy_(source)
                 planner.commit_tensor(item, target)
-
-
-def _raise_together(error: InputError | None) -> None:
-    """Raise what any rank has met; the others would wait for it in what they do next."""
-    if any_rank(error is not None):
-        met: list[InputError | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(met, error)
-        raise error or next(first for first in met if first is not None)

@@ -55,14 +55,38 @@ class CheckpointTensors:
                 f"{folder}, {name}", f"a tensor that has shape {tuple(size)}", f"{shape}, by the reference"
             )
         if layer is None:
-            return self._read(key, stored, torch.Size([0] * len(size)), size)
-        number = int(layer[2])
-        return self._read(key, stored, torch.Size([number, *[0] * len(size)]), torch.Size([1, *size])).squeeze(0)
+            return self._read(key, stored, (0,) * len(size), size)
+        return self._read(key, stored, (int(layer[2]), *[0] * len(size)), (1, *size)).squeeze(0)
 
-    def _read(self, key: str, stored: TensorStorageMetadata, offsets: torch.Size, sizes: torch.Size) -> Tensor:
-        wanted = [ChunkStorageMetadata(offsets=offsets, sizes=sizes)]
+    def region(
+        self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], expected: tuple[int, ...] | None
+    ) -> Tensor:
+        """Read a part of a tensor, of which what is not stored is zero.
+
+        Args:
+            key: Its key in the checkpoint.
+            offsets: Where the part begins.
+            sizes: Its shape.
+            expected: The shape of the whole tensor; ``None`` where it may have more or fewer rows.
+
+        Raises:
+            InputError: The checkpoint has no such tensor, or cannot be read.
+        """
+        stored = self._checkpoint.metadata.state_dict_metadata.get(key)
+        if not isinstance(stored, TensorStorageMetadata):
+            raise InputError(str(self._checkpoint.folder), f"no tensor {key}", "a checkpoint of this model")
+        shape = tuple(stored.size)
+        if shape != expected if expected is not None else shape[1:] != sizes[1:]:
+            found, wanted = f"shape {shape}", f"shape {expected or ('any', *sizes[1:])}"
+            raise InputError(f"{self._checkpoint.folder}, {key}", found, wanted)
+        return self._read(key, stored, offsets, sizes)
+
+    def _read(
+        self, key: str, stored: TensorStorageMetadata, offsets: tuple[int, ...], sizes: tuple[int, ...]
+    ) -> Tensor:
+        wanted = [ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes))]
         items = {item.storage_index: item for item in create_read_items_for_chunk_list(key, stored, wanted)}
-        tensor = torch.empty(sizes, dtype=stored.properties.dtype)
+        tensor = torch.zeros(sizes, dtype=stored.properties.dtype)
         with reading(self._checkpoint.folder):
             for index, piece in self._checkpoint.tensors(items):
                 item = items[index]
