@@ -55,7 +55,8 @@ def export_hf(
         reference: The Hugging Face folder that the model was loaded from. Config, generation config and licence are
             copied from it, and the tokenizer where no other is given.
         global_tensor: Where the weights come from, see :func:`hf_tensors`.
-        dtype: Of all exported tensors; by default each has the dtype of its namesake in ``reference``.
+        dtype: Of all exported tensors; by default each has the dtype of its namesake in ``reference``, or that of
+            ``global_tensor`` where it would be rounded to the former: steps of training are smaller than that.
         max_shard_bytes: A shard is closed before it would grow beyond this.
         finish: Called with the folder before it has its name, to add files of its own.
         reader: Tokenizer, chat template and stop tokens that are not those of ``reference``.
@@ -69,9 +70,13 @@ def export_hf(
     architecture = read_architecture(reference)
     stored = SafetensorsFolder(reference, architecture)
     with HFWriter(folder, max_shard_bytes, check) as writer:
+        widened: torch.dtype | None = None
         for name, tensor in hf_tensors(architecture, global_tensor):
-            writer.add(name, tensor.to(dtype or stored.dtype(name)))
-        copy_companions(reference, writer.partial, dtype, reader)
+            own = dtype or torch.promote_types(tensor.dtype, stored.dtype(name))
+            if own != stored.dtype(name):
+                widened = own
+            writer.add(name, tensor.to(own))
+        copy_companions(reference, writer.partial, widened, reader)
         if finish is not None:
             finish(writer.partial)
     _logger.info("%s: %d tensors exported", folder, len(writer.weight_map))

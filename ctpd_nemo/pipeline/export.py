@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ctpd_nemo.convert.export import export_hf
@@ -36,6 +37,8 @@ class ExportConfig:
         folder: To write; must not be in use.
         tokenizer: Folder of the tokenizer that the run was trained with; ``None`` for where the run's config says.
         chat_template: The chat template, or its path, likewise.
+        dtype: What all tensors are rounded to, e.g. ``bfloat16``. By default nothing is rounded: a run in fp32 is
+            exported in fp32, whatever ``reference`` has.
     """
 
     checkpoint: str | None = None
@@ -43,6 +46,7 @@ class ExportConfig:
     folder: str | None = None
     tokenizer: str | None = None
     chat_template: str | None = None
+    dtype: str | None = None
 
 
 def export(config: ExportConfig) -> Path:
@@ -59,6 +63,7 @@ def export(config: ExportConfig) -> Path:
         InputError: One of the folders is missing or cannot be used, or a file of the checkpoint is damaged; what the
             run was trained with is not there any more, or the export reads, stops or computes otherwise.
     """
+    dtype = _dtype(config.dtype)
     checkpoint, reference, folder = (_given(config, key) for key in ("checkpoint", "reference", "folder"))
     # All of the checkpoint is read before the first byte is written.
     new = output_folder("folder", folder)
@@ -87,9 +92,10 @@ def export(config: ExportConfig) -> Path:
             folder,
             reference,
             CheckpointTensors(reader),
+            dtype,
             finish=finish,
             reader=trained.files(Path(reference)),
-            check=lambda partial: read_back(partial, folder, trained, probe),
+            check=lambda partial: read_back(partial, folder, trained, probe, rounded=dtype is not None),
         )
 
     if dist.is_initialized():
@@ -154,6 +160,14 @@ def _text_at(config: dict[str, Any], path: Path, *keys: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InputError(place, repr(value), "a string, as a job writes it")
     return value
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    """The type of a name as ``torch_dtype`` of a ``config.json`` has it."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in dtypes:
+        raise InputError("dtype", repr(name), f"null, or one of {', '.join(dtypes)}")
+    return None if name is None else dtypes[name]
 
 
 def _given(config: ExportConfig, key: str) -> str:

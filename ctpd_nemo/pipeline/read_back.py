@@ -30,7 +30,7 @@ _ROUNDING = {"fp32": 1e-3}
 _ROUNDING_OF_16_BITS = 0.2
 
 
-def read_back(partial: Path, name: str, trained: TrainedSide, probe: Probe | None) -> None:
+def read_back(partial: Path, name: str, trained: TrainedSide, probe: Probe | None, rounded: bool = False) -> None:
     """Compare an export with the run that it is of.
 
     Args:
@@ -38,6 +38,7 @@ def read_back(partial: Path, name: str, trained: TrainedSide, probe: Probe | Non
         name: What it will be called, for messages.
         trained: The side that was trained.
         probe: Log-probs that the run wrote down of these weights, where it did.
+        rounded: The user asked for another dtype: what that does to log-probs is told.
 
     Raises:
         InputError: It is something else.
@@ -61,11 +62,11 @@ def read_back(partial: Path, name: str, trained: TrainedSide, probe: Probe | Non
     if size > RUN_BYTES:
         logger.info("%s: read back: %s; %.0f GB of weights are not run here", name, told, size / 2**30)
         return
-    ran = _run(partial, name, trained, probe)
+    ran = _run(partial, name, trained, probe, rounded)
     logger.info("%s: read back: %s; %s", name, told, ran)
 
 
-def _run(partial: Path, name: str, trained: TrainedSide, probe: Probe | None) -> str:
+def _run(partial: Path, name: str, trained: TrainedSide, probe: Probe | None, rounded: bool) -> str:
     """Generate, and compare log-probs; what was found, for the log."""
     with torch.random.fork_rng(devices=[]):
         model = load_model(partial, "cpu")
@@ -73,6 +74,10 @@ def _run(partial: Path, name: str, trained: TrainedSide, probe: Probe | None) ->
         if probe is None:
             return "generation stops there; the run wrote down no log-probs of these weights"
         largest = probe.largest_difference(model)
+    if rounded:
+        return (
+            f"generation stops there; in this dtype log-probs of a probe are {largest:.1e} nats a token off the run's"
+        )
     allowed = _ROUNDING.get(probe.precision, _ROUNDING_OF_16_BITS)
     if not largest <= allowed:
         found = f"log-probs of a probe that are off by {largest:.2g} nats a token"

@@ -1,5 +1,6 @@
 """Megatron-Core weights back to Hugging Face folders, bit for bit."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -58,9 +59,28 @@ def test_each_tensor_keeps_its_own_dtype(tiny_model: Callable, tmp_path: Path) -
     path = reference / "model.safetensors"
     state = {name: t if "norm" in name else t.bfloat16() for name, t in load_file(path).items()}
     save_file(state, path, metadata={"format": "pt"})
-    export_hf(tmp_path / "out", reference, model_tensors(imported(reference)))
-    assert_bit_for_bit(tmp_path / "out", reference)
+    trained = model_tensors(imported(reference))
+    export_hf(tmp_path / "out", reference, lambda name, shape: trained(name, shape).bfloat16())
+    assert {name: t.dtype for name, t in all_tensors(tmp_path / "out").items()} == {
+        n: t.dtype for n, t in state.items()
+    }
     assert (tmp_path / "out" / "config.json").read_bytes() == (reference / "config.json").read_bytes()
+
+
+def test_what_was_trained_in_fp32_is_not_rounded_to_the_dtype_that_it_began_in(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    reference = tmp_path / "bf16"
+    copy.deepcopy(tiny_model("qwen2").model).bfloat16().save_pretrained(reference)
+    chunks = imported(reference)
+    for parameter in chunks[0].parameters():
+        # A step of training that bf16 has no bits for.
+        parameter.data.mul_(1 + 2**-12)
+    export_hf(tmp_path / "out", reference, model_tensors(chunks))
+    before = all_tensors(reference)
+    for name, tensor in all_tensors(tmp_path / "out").items():
+        assert torch.equal(tensor, before[name].float() * (1 + 2**-12)), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
 
 
 def test_a_dtype_that_is_asked_for_is_named_in_the_config(tiny_model: Callable, tmp_path: Path) -> None:

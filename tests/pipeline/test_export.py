@@ -162,6 +162,15 @@ def test_the_export_is_read_back_before_it_has_its_name(
     assert any("GB of weights are not run here" in record.getMessage() for record in caplog.records)
 
 
+def test_a_dtype_that_is_asked_for_rounds_and_says_by_how_much(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="ctpd_nemo"):
+        folder = job.export("rounded", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+    assert "in this dtype log-probs of a probe are" in caplog.text
+    with pytest.raises(InputError, match="dtype: found 'fp8'; expected null, or one of float32, bfloat16, float16"):
+        job.export("unknown", dtype="fp8")
+
+
 def test_an_export_that_computes_something_else_has_no_name(job: Job, tmp_path: Path) -> None:
     run_dir = Path(shutil.copytree(job.run_dir, tmp_path / "run"))
     probe = json.loads((run_dir / probes.FILE).read_text())
