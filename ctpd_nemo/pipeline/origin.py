@@ -20,6 +20,7 @@ from ctpd_nemo.json_files import read_object
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.pipeline.environment import differences, environment
+from ctpd_nemo.run_folder import make_run_folder
 from ctpd_nemo.text_files import naming
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0)
         OSError: It cannot be written.
     """
     folder = Path(run.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_run_folder(folder)
     config, origin = asdict(run), _origin(run)
     start = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -106,7 +106,16 @@ class TopKWriter:
     def begin(self) -> None:
         """Write the manifest; one process does it, before any shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+        self.write_manifest()
+
+    @property
+    def manifest(self) -> Path:
+        """Where it is."""
+        return self.folder / _MANIFEST
+
+    def write_manifest(self) -> None:
+        """Write the manifest into a folder that is there."""
+        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self) -> list[int]:
         """Shards that are not there."""
