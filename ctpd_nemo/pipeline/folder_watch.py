@@ -1,8 +1,9 @@
 """What becomes of the folders of a job while it is at work in them: somebody may move or remove one."""
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,17 @@ class ScoringWatch(Callback):
         self._kept = kept
         self._gone: set[Path] = set()
 
-    def sees_gone(self) -> bool:
-        """Whether a folder is gone, or was when somebody looked: what is written now would be lost."""
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Leave a shard unwritten whose folder is gone: all ranks of a replica end together, behind it."""
+        try:
+            yield
+        except FileNotFoundError:
+            if not self._sees_gone():
+                raise
+
+    def _sees_gone(self) -> bool:
+        """Whether a folder is gone, or was when this rank looked before."""
         self._gone |= {one.folder for one in self._kept if one.folder not in self._gone and one.is_gone()}
         return bool(self._gone)
 
@@ -163,7 +173,7 @@ class ScoringWatch(Callback):
         self._look(f"shard {batch.step}")
 
     def _look(self, at: str) -> None:
-        self.sees_gone()
+        self._sees_gone()
         for one in self._kept:
             if any_rank_of_replica(one.folder in self._gone):
                 raise one.error(at)

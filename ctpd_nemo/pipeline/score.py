@@ -126,12 +126,12 @@ def _pass(
 
     def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
         data.train.check_unchanged()
-        if not watch.sees_gone():
+        with watch.writing():
             cache.write(role, shard, rows, scores)
 
     def keep_top_k(shard: int, rows: Sequence[int], found: Sequence[tuple[NDArray[Any], ...]]) -> None:
         data.train.check_unchanged()
-        if not watch.sees_gone():
+        with watch.writing():
             cache.write_top_k(shard, rows, found)
 
     def budget(models: Mapping[str, FrozenModel]) -> int:
