@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parquet_size import check_size
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, repeated, rows_of_pairs
@@ -201,7 +202,10 @@ class TopKReader:
             ]
         )
         try:
+            check_size(path, schema.names)
             table = pq.read_table(path, columns=schema.names).cast(schema)
+        except InputError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
         for name in schema.names:
