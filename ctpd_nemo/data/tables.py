@@ -13,6 +13,7 @@ from ctpd_nemo.data.messages import MEDIA, KeptFields, RowError
 from ctpd_nemo.data.paths import stem_of
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.json_files import read_object
+from ctpd_nemo.parquet_size import check_size, values_once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,7 +37,9 @@ class Parquet:
         try:
             names = pq.read_schema(self._path).names
             wanted = [name for name in dict.fromkeys((*FIELDS, *sorted(self._kept.of_rows))) if name in names]
-            self._table = pq.read_table(self._path, columns=[name for name in wanted if name not in MEDIA])
+            texts = [name for name in wanted if name not in MEDIA]
+            check_size(self._path, texts)
+            self._table = pq.read_table(self._path, columns=texts)
             for name in wanted:
                 if name in MEDIA:
                     # Pictures and sounds take all memory there is, and no template of text reads them.
@@ -72,15 +75,15 @@ class Parquet:
 
 
 def _is_there(path: Path, name: str) -> pa.ChunkedArray:
-    """Of each row whether a column holds something, true or null; read a row group at a time."""
-    file, parts = pq.ParquetFile(path), []
-    for group in range(file.num_row_groups):
-        column = file.read_row_group(group, columns=[name]).column(0)
+    """Of each row whether a column holds something, true or null; read some rows at a time."""
+    parts = []
+    for batch in values_once(path, [name]):
+        column = batch.column(0)
         there = column.is_valid()
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
             there = pc.greater(pc.fill_null(pc.list_value_length(column), 0), 0)
         parts.append(pc.if_else(there, True, pa.scalar(None, pa.bool_())))
-    return pa.chunked_array([chunk for part in parts for chunk in part.chunks], type=pa.bool_())
+    return pa.chunked_array(parts, type=pa.bool_())
 
 
 def _as_json(name: str, value: Any) -> Any:

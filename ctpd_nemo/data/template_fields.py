@@ -91,9 +91,9 @@ class FieldReader:
             if written(less) == conversation:
                 raise self._unread(pair.place, f"{name}.{min(names)}")
         opening = self._side.render_text(pair.prompt, place=pair.place, fields=pair.fields)
-        before, closing = self._around_plain_text
-        text = conversation.removeprefix(opening).removesuffix(closing)
-        if conversation != opening + text + closing or not text.strip():
+        style = self._side.style
+        text = conversation.removeprefix(opening).removesuffix(style.closing)
+        if conversation != opening + text + style.closing or not text.strip():
             found = f"a template that does not write {name} as prompt, response and end of turn"
             raise self._refused(pair.place, found, "one that does", "rewritten_by_template")
         if message.content.strip() not in text:
@@ -103,7 +103,7 @@ class FieldReader:
             found = f"the control token {token!r} in what the template writes of {name}"
             raise self._refused(pair.place, found, "a response of text", "rewritten_by_template")
         # An empty block of reasoning, say: what stands before any response is no part of it.
-        return text.removeprefix(before)
+        return text if style.found.removed else text.removeprefix(style.found.added)
 
     def check_tokens(self, pair: PreferencePair, name: str, text: str, ids: NDArray[Any]) -> None:
         """Stop where an added token that the template writes in a response is not that token among its ids.
@@ -161,15 +161,6 @@ class FieldReader:
             turns = [Message("user", "x"), Message("assistant", "x", {name: mark})]
             self._renders[name] = mark in (self._writes(turns, {}, add_generation_prompt=False) or "")
         return self._renders[name]
-
-    @cached_property
-    def _around_plain_text(self) -> tuple[str, str]:
-        """What it writes between a prompt and the text of a last turn, and behind that."""
-        mark = uuid.uuid4().hex
-        turns = [Message("user", "x"), Message("assistant", mark)]
-        opening = self._side.render_text(turns[:1])
-        before, _, closing = self._side.render_text(turns, add_generation_prompt=False).rpartition(mark)
-        return before.removeprefix(opening) if before.startswith(opening) else "", closing
 
     def _unread(self, place: str, field: str) -> RefusedConversationError:
         expected = "a template that renders it, or rows without it"

@@ -60,6 +60,7 @@ class Side:
         template: The chat template at work.
         chat_template: Its text.
         chat_template_kwargs: Variables that the template is given.
+        style: How the template writes an assistant's turn.
         reader: What responses are tokenized with: the tokenizer, in which the strings of control tokens are text.
         end_of_turn_ids: int32 ``[n]``, what the model writes when its turn is over: what the template puts behind an
             assistant's text, up to the first token that stands for an end; mostly one special token. The tokenizer's
@@ -94,7 +95,7 @@ class Side:
         self.chat_template = self.template.text
         self.chat_template_kwargs = self.template.variables
         probe = TemplateProbe(tokenizer, self.template)
-        self._style = probe.style
+        self.style = probe.style
         self.end_of_turn_ids = probe.end_of_turn_ids
         self.notes = probe.notes
         self._controls = ControlTokens(tokenizer, probe.printed, probe.turns)
@@ -116,8 +117,8 @@ class Side:
         # What is usual says nothing: caches and checkpoints of before know it by these three alone.
         if self.chat_template_kwargs:
             content.append({"variables": self.chat_template_kwargs})
-        if self._style.trained != AS_RENDERED:
-            content.append({"opening": [self._style.trained.removed, self._style.trained.added]})
+        if self.style.trained != AS_RENDERED:
+            content.append({"opening": [self.style.trained.removed, self.style.trained.added]})
         if self.template.other_dates:
             content.append({"date": "by its format"})
         return _fingerprint(json.dumps(content, sort_keys=True))
@@ -194,7 +195,7 @@ class Side:
             turn = (turns or {}).get(number) or Message("assistant", response)
             conversation = self.render_text([*prompt, turn], False, place, fields)
             try:
-                readings.append(read_response(self._style, rendered, conversation, response))
+                readings.append(read_response(self.style, rendered, conversation, response))
             except MismatchError as error:
                 raise RefusedConversationError(
                     self.template.place(place),

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from ctpd_nemo.parallel.layout import local_device
 
@@ -20,6 +21,11 @@ def any_rank(value: bool, groups: Iterable[Any] = (None,)) -> bool:
     for group in groups:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag.item())
+
+
+def any_rank_of_replica(value: bool) -> bool:
+    """Whether ``value`` is true on any rank of this data-parallel replica; all of it call it together."""
+    return any_rank(value, (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group()))
 
 
 def first_reason(reason: str | None) -> str | None:

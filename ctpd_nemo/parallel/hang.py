@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ctpd_nemo.parallel.standstill import Standing, Standstill, flight_records, name_records
+from ctpd_nemo.run_folder import make_within
 
 T = TypeVar("T")
 
@@ -162,7 +163,7 @@ class HangWatch:
     def _write_stacks(self) -> None:
         standing = self._standstill.look()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_within(self.folder.parent, self.folder.name)
             with (self.folder / f"rank-{self._rank}.txt").open("w") as file:
                 file.write(f"rank {self._rank}, {self._place}: {standing.line}\n")
                 file.flush()

@@ -10,14 +10,13 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from megatron.core import parallel_state
 
 from ctpd_nemo.data.encoded_pair import Skipped
 from ctpd_nemo.data.loader import StepStats
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.models.data import FIRST_PAIRS, RunData, no_usable_pair
 from ctpd_nemo.models.probe import take_probe
-from ctpd_nemo.parallel.agreement import any_rank
+from ctpd_nemo.parallel.agreement import any_rank, any_rank_of_replica
 from ctpd_nemo.pipeline.step_rows import StepRows
 from ctpd_nemo.pipeline.stopping import StopRequest, stopped
 
@@ -188,9 +187,8 @@ class StopBetweenShards(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Stop; ranks of one replica come to the same end, and replicas to ends of their own."""
-        replica = (parallel_state.get_model_parallel_group(), parallel_state.get_context_parallel_group())
-        if any_rank(self._request.received, replica):
-            raise stopped("between two shards", any_rank(self._request.interrupted, replica))
+        if any_rank_of_replica(self._request.received):
+            raise stopped("between two shards", any_rank_of_replica(self._request.interrupted))
 
 
 class MetricLog(Callback):

@@ -14,6 +14,11 @@ _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _claims: dict[Path, IO[str]] = {}
 
 
+def _open_lock(name: str, flags: int) -> int:
+    """Open a file of one's own: neither what a link leads to nor a pipe, which may have come with the folder beside."""
+    return os.open(name, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def claim(folder: Path) -> None:
     """Keep other jobs out of a folder until this process ends, however it ends; rank 0 does it.
 
@@ -29,7 +34,7 @@ def claim(folder: Path) -> None:
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        lock = open(path, "w", opener=_open_lock)  # noqa: SIM115 as long as this process is there
     except PermissionError:
         # The folder is all that is one's own, and nobody can tell.
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ctpd_nemo.errors import WorkerDiedError
+from ctpd_nemo.run_folder import make_within
 
 # Where torchrun reads what a process ended of.
 _LAUNCHER_FILE = "TORCHELASTIC_ERROR_FILE"
@@ -82,12 +83,11 @@ def is_first() -> bool:
 
 
 def _write(told: str, rank: int, run_dir: str | None) -> Path | None:
-    """The file; ``None`` where there is no folder for it, or no room in it."""
+    """The file; ``None`` where there is no folder for it, or not any more, or no room in it."""
     if run_dir is None:
         return None
-    path = Path(run_dir) / "logs" / f"error-rank-{rank}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = make_within(Path(run_dir), "logs") / f"error-rank-{rank}.txt"
         path.write_text(told, encoding="utf-8")
     except OSError:
         return None

@@ -26,6 +26,7 @@ from ctpd_nemo.pipeline.stopping import INTERRUPTED, TERMINATED, Stopped
 logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
+_ENDS = ("finished", "stopped", "failed")
 # Seconds between two writes of the same state.
 _EVERY = 1.0
 # A step may take so many times as long as the longest so far before it is taken for dead.
@@ -169,7 +170,8 @@ class Heartbeat(Callback):
             self._failed = False
         except OSError as error:
             if not self._failed:
-                logger.warning("%s: not written, the job goes on: %s", self.path, error)
+                goes_on = "" if self._state in _ENDS else ", the job goes on"
+                logger.warning("%s: not written%s: %s", self.path, goes_on, error)
             self._failed = True
 
     def _patience(self) -> float:

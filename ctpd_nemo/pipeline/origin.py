@@ -16,10 +16,11 @@ from typing import Any
 
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.base_models import RECORD, without_places
-from ctpd_nemo.json_files import read_object
+from ctpd_nemo.json_files import read_object, read_rows
 from ctpd_nemo.models.config import RunConfig
 from ctpd_nemo.parallel.checkpoint_files import write_whole
 from ctpd_nemo.pipeline.environment import differences, environment
+from ctpd_nemo.run_folder import make_run_folder
 from ctpd_nemo.text_files import naming
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def write_record(run: RunConfig, fingerprints: Mapping[str, str], step: int = 0)
         OSError: It cannot be written.
     """
     folder = Path(run.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_run_folder(folder)
     config, origin = asdict(run), _origin(run)
     start = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -110,8 +111,8 @@ def read_origin(folder: Path) -> Origin | None:
     if not path.is_file():
         return None
     try:
-        return Origin(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return Origin(**read_object(path, "the command line of a job"))
+    except TypeError as error:
         raise InputError(str(path), f"what no job wrote ({error})", "the command line of a job") from error
 
 
@@ -135,15 +136,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a job that were written down as a whole, the first one first."""
+    """The starts of a job that were written down as a whole, the first one first.
+
+    Raises:
+        InputError: The file is larger than any such record.
+    """
     path = folder / STARTS
     if not path.is_file():
         return []
     starts = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_rows(path):
         try:
             start = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             # A process that was killed, or a full disk, leaves half a line.
             continue
         if isinstance(start, dict):
@@ -167,9 +172,15 @@ def _origin(run: RunConfig) -> Origin | None:
 
 def _append(path: Path, start: Mapping[str, Any]) -> None:
     """Add a line, also after one that was cut off."""
-    cut = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+    cut = path.is_file() and path.stat().st_size > 0 and _last_byte(path) != b"\n"
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(("\n" if cut else "") + json.dumps(start) + "\n")
+
+
+def _last_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read()
 
 
 def _compare(first: Path, folder: Path, start: Mapping[str, Any]) -> None:

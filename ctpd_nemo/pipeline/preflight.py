@@ -28,6 +28,7 @@ from ctpd_nemo.parallel.agreement import first_reason
 from ctpd_nemo.parallel.ranks import world_size
 from ctpd_nemo.pipeline.score_cache import read_manifest
 from ctpd_nemo.pipeline.wandb_run import check_wandb
+from ctpd_nemo.run_folder import check_run_folder
 
 # Of a parameter in a checkpoint: its weight and two moments in fp32.
 CHECKPOINT_BYTES = 12
@@ -50,11 +51,12 @@ def check_job(run: RunConfig) -> None:
 
 
 def check_outputs(run: RunConfig) -> None:
-    """Look at the folders that a job writes to beside its ``run_dir``, which ``RunConfig.check`` looks at.
+    """Look at the folders that a job writes to; at the name of its ``run_dir`` ``RunConfig.check`` looks.
 
     Raises:
-        InputError: Names the key.
+        InputError: Names the key, or what is in ``run_dir`` and of no job.
     """
+    check_run_folder(Path(run.run_dir))
     check_encoded(run.run_dir, run.data.encoded)
     if isinstance(run.method, ScoreConfig):
         run.method.check()

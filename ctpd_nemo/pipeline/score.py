@@ -32,13 +32,14 @@ from ctpd_nemo.parallel.layout import initialize, local_device
 from ctpd_nemo.pipeline.callbacks import ScoreReport, StopBetweenShards
 from ctpd_nemo.pipeline.encoded import use_encoded
 from ctpd_nemo.pipeline.fingerprints import score_fingerprints, weights_fingerprints
+from ctpd_nemo.pipeline.folder_watch import ScoringWatch, kept_run_folder
 from ctpd_nemo.pipeline.heartbeat import Heartbeat
 from ctpd_nemo.pipeline.origin import write_record
-from ctpd_nemo.pipeline.preflight import check_job, check_models, check_shared, model_folders, open_data
+from ctpd_nemo.pipeline.preflight import check_job, check_models, model_folders, open_data
 from ctpd_nemo.pipeline.rank_zero import on_rank_0
-from ctpd_nemo.pipeline.score_cache import PairScores, ScoreWriter
-from ctpd_nemo.pipeline.top_k_cache import PairTopK, TopKWriter
+from ctpd_nemo.pipeline.score_output import ScoreOutput
 from ctpd_nemo.pipeline.trainer import build_trainer
+from ctpd_nemo.run_folder import make_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,57 +58,39 @@ def score(run: RunConfig) -> Path:
     method = run.method
     if not isinstance(method, ScoreConfig):
         raise InputError("method.name", repr(method.name), "score")
-    cache, folders = Path(str(method.cache)), model_folders(run)
+    folder, folders = Path(run.run_dir), model_folders(run)
     data = open_data(run)
     check_models(run, data.encoder.policy, data.encoder.reference)
     initialize(run.parallel, run.seed)
-    watch_for_hangs(Path(run.run_dir), run.parallel.timeout_minutes)
+    watch_for_hangs(folder, run.parallel.timeout_minutes)
     prints, weights = score_fingerprints(data, run.precision.of_frozen().name), weights_fingerprints(folders)
-    writer = ScoreWriter(cache, prints, weights, len(data.train), method.pairs_per_shard)
-    top_k = _top_k_writer(run, data, prints, weights) if method.top_k is not None else None
-    on_rank_0(writer.begin)
-    check_shared("method.cache", cache)
-    if top_k is not None:
-        on_rank_0(top_k.begin)
+    cache = ScoreOutput(data, prints, weights)
+    cache.begin()
     use_encoded(data)
-
-    def missing(roles: Sequence[str]) -> list[int]:
-        more = top_k.missing() if top_k is not None and "reference" in roles else []
-        return sorted({*writer.missing(roles), *more})
-
     # Asked once: all ranks must hold the same models, and share out the same shards.
-    todo = on_rank_0(lambda: {role: folder for role, folder in folders.items() if missing([role])})
+    todo = on_rank_0(lambda: {role: path for role, path in folders.items() if cache.missing([role])})
     if not todo:
-        logger.info("%s: no shard to score", cache)
-    else:
-        weighed = {f"{role}_weights": told for role, told in weights.items()}
-        on_rank_0(lambda: write_record(run, {**prints, **weighed}))
-        data.warn_of_choices()
-    heartbeat = Heartbeat(Path(run.run_dir), run.parallel.timeout_minutes)
-    callbacks = [ScoreReport(cache.name, run.data.warn_skipped), StopBetweenShards(), heartbeat]
-    trainer = build_trainer(run, total_steps=1, callbacks=callbacks) if todo else None
+        logger.info("%s: no shard to score", cache.folder)
+        return cache.folder
+    weighed = {f"{role}_weights": told for role, told in weights.items()}
+    record = on_rank_0(lambda: write_record(run, {**prints, **weighed}))
+    make_run_folder(folder)
+    run_folder = kept_run_folder(folder, "", (lambda: record) if dist.get_rank() == 0 else None)
+    watch = ScoringWatch([run_folder, *cache.kept_folders()])
+    data.warn_of_choices()
+    heartbeat = Heartbeat(folder, run.parallel.timeout_minutes)
+    callbacks = [watch, ScoreReport(cache.folder.name, run.data.warn_skipped), StopBetweenShards(), heartbeat]
+    trainer = build_trainer(run, total_steps=1, callbacks=callbacks)
     for roles in _passes(run, todo):
-        assert trainer is not None
-        shards = on_rank_0(functools.partial(missing, roles))
-        logger.info("%s: %d of %d shards to score, %s", cache, len(shards), writer.n_shards, " and ".join(roles))
-        _pass(data, {role: todo[role] for role in roles}, shards, writer, trainer, top_k)
+        shards = on_rank_0(functools.partial(cache.missing, roles))
+        told = cache.folder, len(shards), cache.n_shards, " and ".join(roles)
+        logger.info("%s: %d of %d shards to score, %s", *told)
+        _pass(data, {role: todo[role] for role in roles}, shards, cache, watch, trainer)
     dist.barrier()
-    if trainer is not None and trainer.is_global_zero:
+    cache.check_written()
+    if trainer.is_global_zero:
         heartbeat.end("finished")
-    return cache
-
-
-def _top_k_writer(
-    run: RunConfig, data: RunData, fingerprints: Mapping[str, str], weights: Mapping[str, str]
-) -> TopKWriter:
-    """Where the reference's largest log-probs go.
-
-    Raises:
-        InputError: What is there is of something else.
-    """
-    method = run.method
-    layout = len(data.train), method.pairs_per_shard
-    return TopKWriter(method.cache, fingerprints, weights["reference"], *layout, method.top_k, method.top_k_dtype)
+    return cache.folder
 
 
 def _passes(run: RunConfig, folders: Mapping[str, str]) -> list[list[str]]:
@@ -129,9 +112,9 @@ def _pass(
     data: RunData,
     folders: Mapping[str, str],
     missing: Sequence[int],
-    writer: ScoreWriter,
+    cache: ScoreOutput,
+    watch: ScoringWatch,
     trainer: Trainer,
-    top_k: TopKWriter | None,
 ) -> None:
     """Score the missing shards under the models that are held together."""
     pairs_per_shard = data.run.method.pairs_per_shard
@@ -143,21 +126,19 @@ def _pass(
 
     def sink(role: str, shard: int, rows: Sequence[int], scores: Sequence[tuple[Float32Array, ...]]) -> None:
         data.train.check_unchanged()
-        scored = zip(rows, scores, strict=True)
-        pairs = [PairScores(data.train[row].id, chosen, rejected, row) for row, (chosen, rejected) in scored]
-        writer.write(role, shard, pairs)
+        with watch.writing():
+            cache.write(role, shard, rows, scores)
 
     def keep_top_k(shard: int, rows: Sequence[int], found: Sequence[tuple[NDArray[Any], ...]]) -> None:
-        assert top_k is not None
         data.train.check_unchanged()
-        kept = zip(rows, found, strict=True)
-        pairs = [PairTopK(data.train[row].id, logprobs, ids, tail, row) for row, (logprobs, ids, tail) in kept]
-        top_k.write(shard, pairs)
+        with watch.writing():
+            cache.write_top_k(shard, rows, found)
 
     def budget(models: Mapping[str, FrozenModel]) -> int:
         return forward_budget(models, data, side, pairs_per_shard)
 
-    keeping = TopKScoring(data.run.method.top_k, keep_top_k) if top_k is not None else None
+    top_k = data.run.method.top_k
+    keeping = TopKScoring(top_k, keep_top_k) if top_k is not None else None
     scorer = Scorer(data.run, folders, shards, budget, sink, trainer, keeping)
     trainer.predict(scorer, return_predictions=False)
     # Every replica is done when the counts are summed.
@@ -165,7 +146,7 @@ def _pass(
     rate = len(models) * stats.tokens / (time.perf_counter() - scorer.started)
     logger.info(
         "%s: scored %s; %s in one pass, %d tokens a microbatch, %.0f tokens/s",
-        writer.folder,
+        cache.folder,
         stats,
         " and ".join(folders),
         scorer.microbatch_tokens,

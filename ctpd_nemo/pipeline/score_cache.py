@@ -34,6 +34,7 @@ from ctpd_nemo.models.roles import ROLES
 from ctpd_nemo.models.weighted import WeightedConfig
 from ctpd_nemo.models.weighting import Weighting
 from ctpd_nemo.parallel.checkpoint_files import flush
+from ctpd_nemo.parquet_size import check_size
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import NUMBER, check_scores, check_tables, rows_of_pairs
 from ctpd_nemo.text_files import naming
@@ -127,7 +128,16 @@ class ScoreWriter:
     def begin(self) -> None:
         """Write the manifest; one process does it, before any shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+        self.write_manifest()
+
+    @property
+    def manifest(self) -> Path:
+        """Where it is."""
+        return self.folder / _MANIFEST
+
+    def write_manifest(self) -> None:
+        """Write the manifest into a folder that is there."""
+        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self, roles: Iterable[str]) -> list[int]:
         """Shards that are not there for every one of the roles."""
@@ -231,7 +241,10 @@ class ScoreReader:
             try:
                 schema = pq.read_schema(path)
                 known = [field for field in _SCHEMA if field.name != NUMBER or NUMBER in schema.names]
+                check_size(path, [field.name for field in known])
                 table = pq.read_table(path, schema=pa.schema(known))
+            except InputError:
+                raise
             except (pa.ArrowException, OSError, ValueError) as error:
                 found = f"a shard that cannot be read ({error})"
                 raise InputError(str(path), found, "a Parquet shard; remove it and score again") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ctpd_nemo.json_files import read_rows
 from ctpd_nemo.parallel.checkpoint_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ class StepRows:
 
         Returns:
             The last row that stays, if any does.
+
+        Raises:
+            InputError: The file is no log.
         """
         if not self.path.exists():
             return None
@@ -73,7 +77,7 @@ def _finite_or_null(value: Any) -> Any:
 
 def _whole_rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Lines and what they hold; a process that was killed may leave half a line."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in map(str.rstrip, read_rows(path)):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.parquet_size import check_size
 from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, repeated, rows_of_pairs
@@ -106,7 +107,16 @@ class TopKWriter:
     def begin(self) -> None:
         """Write the manifest; one process does it, before any shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_renamed(self.folder / _MANIFEST, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+        self.write_manifest()
+
+    @property
+    def manifest(self) -> Path:
+        """Where it is."""
+        return self.folder / _MANIFEST
+
+    def write_manifest(self) -> None:
+        """Write the manifest into a folder that is there."""
+        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self) -> list[int]:
         """Shards that are not there."""
@@ -192,7 +202,10 @@ class TopKReader:
             ]
         )
         try:
+            check_size(path, schema.names)
             table = pq.read_table(path, columns=schema.names).cast(schema)
+        except InputError:
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(path, error) from error
         for name in schema.names:

@@ -45,6 +45,7 @@ from ctpd_nemo.pipeline.score_cache import ScoreReader
 from ctpd_nemo.pipeline.top_k_cache import TopKReader
 from ctpd_nemo.pipeline.trained_side import check_beside
 from ctpd_nemo.pipeline.trainer import build_trainer
+from ctpd_nemo.run_folder import make_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +104,9 @@ def train(run: RunConfig, callbacks: Sequence[Callback] = ()) -> Path:
         raise InputError(f"{newest}, resume, steps", f"{done_steps} steps that are done", expected)
     if done_steps < data.total_steps:
         on_rank_0(lambda: check_room(folder, checkpoint_bytes(data.policy_path)))
-    on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    on_rank_0(lambda: make_run_folder(folder))
     check_shared("run_dir", folder)
+    make_run_folder(folder)
     trainer = build_trainer(run, data.total_steps, [*callbacks, *own_callbacks], done_steps)
     model = method.model(run, data, trainer)
     data.warn_of_choices()

@@ -13,8 +13,9 @@ from ctpd_nemo.data.config import longest_row
 from ctpd_nemo.data.encode import PairEncoder
 from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.data.preferences import open_preferences
+from ctpd_nemo.data.templates import Side
 from ctpd_nemo.errors import InputError
-from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.config import RunConfig, SideConfig
 from ctpd_nemo.models.data import load_side
 
 Int64Array = NDArray[np.int64]
@@ -117,8 +118,8 @@ def measured_lengths(run: RunConfig, count: int) -> Lengths:
     if not run.data.train:
         raise InputError("data.train", "no files", "preference files, as workload.measure asks for their lengths")
     encoder = PairEncoder(
-        load_side(run.model.student, "model.student"),
-        load_side(run.model.teacher, "model.teacher"),
+        _side(run.model.student, "model.student"),
+        _side(run.model.teacher, "model.teacher"),
         run.data.include_eos,
         run.data.max_length,
         run.data.max_prompt_length,
@@ -135,6 +136,14 @@ def measured_lengths(run: RunConfig, count: int) -> Lengths:
     sides = {"student": _lengths_of(encoded, "policy"), "teacher": _lengths_of(encoded, "reference")}
     pairs = len(data) * len(encoded) // len(rows)
     return Lengths(pairs, sides, f"{pairs} pairs; lengths of {len(encoded)} of them measured in {names}")
+
+
+def _side(config: SideConfig, key: str) -> Side:
+    """See ``load_side``; a plan that measures nothing does without folders of models."""
+    try:
+        return load_side(config, key)
+    except InputError as error:
+        raise InputError(error.place, error.found, f"{error.expected}, as workload.measure tokenizes pairs") from error
 
 
 def _lengths_of(pairs: list[EncodedPair], side: str) -> SideLengths:

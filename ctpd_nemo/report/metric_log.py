@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ctpd_nemo.errors import InputError
+from ctpd_nemo.json_files import read_rows
 
 
 @dataclass
@@ -36,18 +36,18 @@ def read_metrics(path: Path) -> MetricTable:
     """Read what can be read; what cannot is counted in the notes.
 
     Raises:
-        InputError: The file is a folder, or cannot be opened.
+        InputError: It is no file, or one of another size than such a log has.
     """
     table = MetricTable()
-    if path.is_dir():
-        raise InputError(str(path), "a folder", "a metric log")
     if not path.exists():
         return table
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = text.split("\n")
-    cut_off = lines.pop()
+    cut_off = ""
     unreadable = repeated = odd = 0
-    for line in lines:
+    for line in read_rows(path):
+        unreadable += bool(cut_off)
+        cut_off = "" if line.endswith("\n") else line
+        if cut_off:
+            continue
         row = _row(line)
         if row is None:
             unreadable += bool(line.strip())

@@ -1,5 +1,7 @@
 """From Hydra's files and the command line to typed configs: what is there is right, what is wrong is named."""
 
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from ctpd_nemo.conf_folder import in_conf
+from ctpd_nemo.data.config import DataConfig
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.evaluation.evaluate import EvaluateConfig
-from ctpd_nemo.models.config import RunConfig
+from ctpd_nemo.models.config import ResumeConfig, RunConfig
 from ctpd_nemo.models.ctpd import CTPDConfig
 from ctpd_nemo.models.dpo import DPOConfig
 from ctpd_nemo.models.scorer import ScoreConfig
@@ -22,6 +25,7 @@ from ctpd_nemo.pipeline.recipe import find_stages
 from ctpd_nemo.pipeline.stages import StageResult, stage_config
 from ctpd_nemo.report.run_page import RunPageConfig
 from ctpd_nemo.report.spans_page import SpansPageConfig
+from ctpd_nemo.reproduce.config import ReproduceConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -256,6 +260,34 @@ def test_the_command_line_changes_one_stage_or_all() -> None:
 def test_a_method_takes_its_own_values_and_no_other() -> None:
     with pytest.raises(Exception, match="reverse"):
         composed("train", "method=ctpd", "method.reverse=true")
+
+
+def lists_of_texts(config_class: type[Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for field in fields(config_class):
+        key = (*above, field.name)
+        if is_dataclass(field.type):
+            yield from lists_of_texts(field.type, key)
+        elif field.type in (list[str], list[str] | None):
+            yield key
+
+
+@pytest.mark.parametrize("config_class", [DataConfig, ResumeConfig, EvaluateConfig, SpansPageConfig, ReproduceConfig])
+def test_one_path_or_name_is_taken_where_several_may_be(config_class: type[Any]) -> None:
+    keys = list(lists_of_texts(config_class))
+    assert keys
+    for key in keys:
+        one, several = (OmegaConf.create({}) for _ in range(2))
+        OmegaConf.update(one, ".".join(key), "a, b.jsonl")
+        OmegaConf.update(several, ".".join(key), ["a, b.jsonl"])
+        assert typed(config_class, one) == typed(config_class, several) != config_class()
+
+
+def test_one_file_of_pairs_is_given_without_brackets() -> None:
+    run = train_config("method=sft", "data.train=pairs/train.jsonl", "data.validation='held out=1.jsonl'")
+    assert (run.data.train, run.data.validation) == (["pairs/train.jsonl"], ["held out=1.jsonl"])
+    stages = stage_configs("data.train=train.jsonl", "+stages.ctpd.data.train=own.jsonl")
+    assert stages["ctpd"].data.train == ["own.jsonl"]
+    assert stages["score"].data.train == stages["sft_teacher"].data.train == ["train.jsonl"]
 
 
 # What is wrong

@@ -1,10 +1,12 @@
-"""A run folder that is removed or moved while a job is at work in it."""
+"""A run folder, or a cache, that is removed or moved while a job is at work in it."""
 
 import errno
+import itertools
 import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,20 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 
 from ctpd_nemo.errors import InputError
+from ctpd_nemo.models.scorer import Scorer
 from ctpd_nemo.parallel.checkpoint_files import find_checkpoints
+from ctpd_nemo.parallel.hang import HangWatch
 from ctpd_nemo.pipeline import quiet
 from ctpd_nemo.pipeline.config import run_config
-from ctpd_nemo.pipeline.folder_watch import FolderWatch
+from ctpd_nemo.pipeline.failures import fail
+from ctpd_nemo.pipeline.folder_watch import kept_run_folder
 from ctpd_nemo.pipeline.origin import read_config, read_origin, read_starts
+from ctpd_nemo.pipeline.score import score
+from ctpd_nemo.pipeline.score_cache import is_whole
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
-from tests.pipeline.recipe import composed, small_job, small_world
+from ctpd_nemo.run_folder import make_run_folder
+from tests.pipeline.recipe import SMALL_BATCHES, composed, small_job, small_world
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +111,159 @@ def test_a_folder_that_cannot_be_looked_at_for_a_while_is_no_folder_that_is_gone
     def out_of_sight(path: Path, **_: Any) -> None:
         raise OSError(number, "not now", str(path))
 
-    watch = FolderWatch(tmp_path / "run", pytest.fail)
-    assert watch._is_gone()
+    kept = kept_run_folder(tmp_path / "run", "", None)
+    assert kept.is_gone()
     monkeypatch.setattr(Path, "stat", out_of_sight)
-    assert not watch._is_gone()
+    assert not kept.is_gone()
+
+
+# Scoring
+
+
+@dataclass
+class Scoring:
+    """A scoring job: three models, one after the other, and three shards of each; with its folders."""
+
+    world: TinyWorld
+    run_dir: Path
+    cache: Path
+
+    def run(self, *more: str) -> Path:
+        overrides = [
+            f"model.student.path={self.world.student}",
+            f"model.teacher.path={self.world.teacher}",
+            f"data.train={self.world.train}",
+            f"run_dir={self.run_dir}",
+            f"method.cache={self.cache}",
+            "method.pairs_per_shard=10",
+            "method.together=false",
+            *(f"method.{role}={self.world.teacher}" for role in ("reference", "positive", "negative")),
+            *SMALL_BATCHES,
+            *more,
+        ]
+        return score(run_config(composed("score", overrides)))
+
+
+@pytest.fixture
+def scoring(world: TinyWorld, tmp_path: Path) -> Scoring:
+    return Scoring(world, tmp_path / "runs" / "run", tmp_path / "caches" / "cache")
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int, Callable[[], Any]], None]:
+    """Has something done as a method of ``Scorer`` is called for the nth time, before its work is done."""
+
+    def hook(name: str, number: int, do: Callable[[], Any]) -> None:
+        method, calls = getattr(Scorer, name), itertools.count(1)
+
+        def called(self: Scorer, *arguments: Any) -> Any:
+            if next(calls) == number:
+                do()
+            return method(self, *arguments)
+
+        monkeypatch.setattr(Scorer, name, called)
+
+    return hook
+
+
+Hook = Callable[[str, int, Callable[[], Any]], None]
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "at", "removed"),
+    [
+        ("predict_step", 1, "shard 0", "run_dir"),
+        ("predict_step", 1, "shard 0", "cache"),
+        ("configure_model", 2, "the first shard", "run_dir"),
+        ("configure_model", 2, "the first shard", "cache"),
+        ("transfer_batch_to_device", 5, "shard 1", "run_dir with the cache in it"),
+        ("predict_step", 9, "shard 2", "run_dir"),
+        ("predict_step", 9, "shard 2", "cache"),
+    ],
+)
+def test_a_scoring_job_whose_folder_is_removed_ends_in_one_line_and_makes_none(
+    moment: str, number: int, at: str, removed: str, scoring: Scoring, meanwhile: Hook
+) -> None:
+    if "with" in removed:
+        scoring.cache = scoring.run_dir / "cache"
+    gone = scoring.cache if removed == "cache" else scoring.run_dir
+    meanwhile(moment, number, lambda: shutil.rmtree(gone))
+    with pytest.raises(InputError) as error:
+        scoring.run(*(["method.top_k=3"] if number == 1 else []))
+    assert error.value.place == str(gone)
+    assert error.value.found == f"no folder any more, at {at}: removed or moved while a job was at work in it"
+    assert ("method.cache" if removed == "cache" else "run_dir") + "=THERE goes on" in error.value.expected
+    assert str(error.value).isprintable()
+    assert not gone.exists()
+
+
+def test_a_scoring_job_whose_cache_is_moved_goes_on_from_there(scoring: Scoring, meanwhile: Hook) -> None:
+    there = scoring.cache.with_name("there")
+    meanwhile("predict_step", 5, lambda: scoring.cache.rename(there))
+    with pytest.raises(InputError, match=r"method\.cache=THERE goes on from its shards"):
+        scoring.run()
+    done = {path: path.stat().st_mtime_ns for path in there.glob("*.parquet")}
+    assert len(done) == 4
+    scoring.cache = there
+    scoring.run()
+    assert len(list(there.glob("*.parquet"))) == 9
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_what_says_what_a_cache_holds_is_written_anew_and_the_job_goes_on(
+    scoring: Scoring, meanwhile: Hook, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept: dict[Path, bytes] = {}
+
+    def remove() -> None:
+        for path in [*scoring.cache.glob("*.json"), scoring.run_dir / "config.json"]:
+            kept[path] = path.read_bytes()
+            path.unlink()
+
+    meanwhile("predict_step", 2, remove)
+    with caplog.at_level(logging.WARNING, "ctpd_nemo"):
+        scoring.run("method.top_k=3")
+    assert len(kept) == 3
+    assert {path: path.read_bytes() for path in kept} == kept
+    said = {record.getMessage() for record in caplog.records if "written anew" in record.getMessage()}
+    assert said == {
+        f"{scoring.run_dir}: the job's record was gone, and is written anew",
+        f"{scoring.cache}: the manifest was gone, and is written anew",
+        f"{scoring.cache}: the manifest of top_k was gone, and is written anew",
+    }
+    assert is_whole(scoring.cache)
+
+
+def test_a_scoring_job_that_misses_shards_at_its_end_says_so_and_makes_them_anew(
+    scoring: Scoring, meanwhile: Hook
+) -> None:
+    def empty() -> None:
+        shutil.rmtree(scoring.cache)
+        scoring.cache.mkdir()
+
+    meanwhile("predict_step", 6, empty)
+    with pytest.raises(InputError) as error:
+        scoring.run()
+    assert (error.value.place, error.value.found) == (
+        str(scoring.cache),
+        "5 shards less than were written into it",
+    )
+    assert not is_whole(scoring.cache)
+    scoring.run()
+    assert is_whole(scoring.cache)
+
+
+def test_no_rank_that_fails_or_hangs_makes_a_run_folder_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the others do when one rank has ended; before a job has a folder, what they leave there makes it."""
+    folder = tmp_path / "runs" / "run"
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    watch = HangWatch(None, 1, 2, folder / "hang", 60.0)
+    fail(RuntimeError("connection closed"), str(folder))
+    watch._write_stacks()
+    assert sorted(path.name for path in folder.iterdir()) == ["hang", "logs"]
+    make_run_folder(folder)
+    shutil.rmtree(folder)
+    fail(RuntimeError("connection closed"), str(folder))
+    watch._write_stacks()
+    assert not folder.exists()

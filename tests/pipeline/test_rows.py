@@ -1,5 +1,6 @@
 """What jobs make of rows that cannot be used, of ids that several have, and of files that change under them."""
 
+import itertools
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from ctpd_nemo.data.encoded_pair import FAULTS, Skipped
@@ -29,6 +31,7 @@ from ctpd_nemo.pipeline.score import score
 from ctpd_nemo.pipeline.score_sums import with_sums
 from ctpd_nemo.pipeline.tiny_world.build import TinyWorld
 from ctpd_nemo.pipeline.train import train
+from tests.faults.jobs import tensors
 from tests.pipeline.recipe import SMALL_BATCHES, composed, small_job, small_world
 
 Rows = list[dict[str, Any]]
@@ -53,25 +56,28 @@ def save(rows: Rows, path: Path) -> Path:
 
 def spoiled(rows: Rows) -> tuple[Rows, Counter[str]]:
     """The rows with one in three of them spoiled for some reason, and how many for which."""
-    turns = {
-        "unread_field": lambda row: {**row, "tools": [{"type": "function"}]},
-        "unknown_role": lambda row: {**row, "prompt": [{"role": "developer", "content": "Be brief."}, *row["prompt"]]},
-        "refused_by_template": lambda row: {**row, "system": "rain"},
-        "too_long": lambda row: {**row, "prompt": [{"role": "user", "content": "what is " * 200}]},
-        "too_many_bytes": lambda row: {**row, "prompt": " " * 2_000_000 + "x"},
-        "malformed": lambda row: {**row, "chosen": 3},
-    }
-    names = [name for _, name in zip(rows[::3], [*turns, *turns], strict=False)]
-    bad = {3 * number: turns[name](rows[3 * number]) for number, name in enumerate(names)}
-    return [bad.get(number, row) for number, row in enumerate(rows)], Counter(names)
+    turns: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
+        ("unread_field", lambda row: {**row, "tools": [{"type": "function"}]}),
+        ("unknown_role", lambda row: {**row, "prompt": [{"role": "developer", "content": "x"}, *row["prompt"]]}),
+        ("refused_by_template", lambda row: {**row, "prompt": [{"role": "user", "content": "rain"}]}),
+        ("too_long", lambda row: {**row, "prompt": [{"role": "user", "content": "what is " * 200}]}),
+        ("too_many_bytes", lambda row: {**row, "prompt": " " * 2_000_000 + "x"}),
+        ("malformed", lambda row: {**row, "chosen": 3}),
+        # Of every row alike, whatever its messages say.
+        ("refused_by_template", lambda row: {**row, "system": "Be brief."}),
+    ]
+    spoilt = list(zip(range(0, len(rows), 3), itertools.cycle(turns), strict=False))
+    bad = {number: spoil(rows[number]) for number, (_, spoil) in spoilt}
+    return [bad.get(number, row) for number, row in enumerate(rows)], Counter(reason for _, (reason, _) in spoilt)
 
 
 @pytest.fixture(scope="module")
 def no_rain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A template that refuses what a message says."""
+    """A template that refuses what a message says, and the role of system."""
     path = tmp_path_factory.mktemp("template") / "chat.jinja"
     path.write_text(
         "{% for message in messages %}{% if 'rain' in message.content %}{{ raise_exception('wet') }}{% endif %}"
+        "{% if message.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
@@ -120,19 +126,50 @@ def test_skipped_rows_are_counted_and_counts_add_up(
             assert re.search(rf"skipped a pair \({reason}\): \S*pairs\.jsonl:\d+", caplog.text)
 
 
-@pytest.mark.parametrize("kind", ["unread_field", "unknown_role", "refused_by_template", "too_many_bytes", "malformed"])
+@pytest.mark.parametrize(
+    "number",
+    [0, 1, 2, 4, 5, 6],
+    ids=["unread_field", "unknown_role", "refused_content", "too_many_bytes", "malformed", "refused_role"],
+)
 def test_a_bad_row_stops_a_run_by_file_and_row(
-    kind: str, world: TinyWorld, rows: Rows, no_rain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, world: TinyWorld, rows: Rows, no_rain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before anything is built where its kind shows so early."""
     monkeypatch.setattr("ctpd_nemo.pipeline.train.build_trainer", lambda *_, **__: pytest.fail("the job began to work"))
-    written, reasons = spoiled(rows)
-    at = 3 * list(reasons).index(kind)
-    data = save([*rows[:2], written[at], *rows[3:]], tmp_path / "pairs.jsonl")
+    written, _ = spoiled(rows)
+    data = save([*rows[:2], written[3 * number], *rows[3:]], tmp_path / "pairs.jsonl")
     values = [f"data.train=[{data}]", f"model.student.chat_template={no_rain}", "data.global_batch_size=24"]
     with pytest.raises(InputError, match=rf"^{re.escape(str(data))}:3[,:]") as stopped:
         run([*small_job(world, tmp_path / "run", "sft"), *values])
     assert "\n" not in str(stopped.value)
+
+
+def test_a_run_that_goes_on_over_bad_rows_ends_as_one_that_was_never_cut_off(
+    world: TinyWorld, rows: Rows, no_rain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights, moments, metrics and counts: a row that is skipped is skipped again, and ends no restart."""
+    data = save(spoiled(rows)[0], tmp_path / "pairs.jsonl")
+    values = [f"data.train={data}", "data.on_bad=skip", f"model.student.chat_template={no_rain}"]
+    values += ["trainer.epochs=1", "trainer.checkpoint_every=1", "optim.lr=1e-3"]
+
+    def cut_off() -> None:
+        raise RuntimeError("cut off")
+
+    with caplog.at_level(logging.INFO, "ctpd_nemo"):
+        whole = run([*small_job(world, tmp_path / "whole", "sft"), *values])
+        with pytest.raises(RuntimeError, match="cut off"):
+            run([*small_job(world, tmp_path / "cut", "sft"), *values], after_step(2, cut_off))
+        assert all(metrics(tmp_path / "whole", "skipped")), "also in the step that is done again"
+        last = run([*small_job(world, tmp_path / "cut", "sft"), *values])
+    assert last.name == whole.name == "step-00000003"
+    found, expected = tensors(last), tensors(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    for name in ("step", "loss", "grad_norm", "skipped"):
+        assert metrics(tmp_path / "cut", name) == metrics(tmp_path / "whole", name)
+    told = re.findall(r"trained on (\d+ pairs, \d+ skipped .*); ", caplog.text)
+    assert len(told) == 2
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("method", ["sft", "encoded", "score"])

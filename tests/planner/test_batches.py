@@ -1,5 +1,6 @@
 """The planner's batches against the data loader's, and what it takes data to be."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,16 @@ def test_the_chosen_responses_alone_are_fewer_tokens(lengths: Lengths) -> None:
 def test_impossible_data_is_refused_by_key(key: str) -> None:
     with pytest.raises(InputError, match=f"workload.{key}"):
         Workload(**{key: -1}).check()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_model_that_only_measuring_needs_is_named_with_what_asks_for_it(run: RunConfig, side: str) -> None:
+    run = copy.deepcopy(run)
+    getattr(run.model, side).path = "models/not-here"
+    with pytest.raises(InputError) as error:
+        measured_lengths(run, count=10)
+    assert error.value.place == "models/not-here"
+    assert error.value.expected.endswith(", as workload.measure tokenizes pairs")
 
 
 def test_a_file_that_is_not_there_is_named(run: RunConfig, tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def handmade() -> Iterator[Attack]:
         yield _program(place, name, fires)
 
 
+def names_with_dots() -> Iterator[Attack]:
+    """One for each reader, in the protocols that writers have."""
+    for place in ("the index", "the common state", "an object", "an extra state"):
+        for name in ("a name with dots", "a name with dots, protocol 2"):
+            yield _program(place, name, programs(Path("canary"))[name][1])
+
+
 def all_handmade() -> Iterator[Attack]:
     for place, (name, (_, fires)) in itertools.product(PICKLES, programs(Path("canary")).items()):
         yield _program(place, name, fires)

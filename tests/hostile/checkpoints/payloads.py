@@ -124,6 +124,9 @@ PAYLOADS = [
 
 # Programs, by hand
 
+# A module that checkpoints name, and that has others for attributes.
+_WITH_OS = "torch.distributed.checkpoint.filesystem"
+
 
 def text(value: str) -> bytes:
     content = value.encode()
@@ -163,7 +166,7 @@ def programs(canary: Path) -> dict[str, tuple[bytes, bool]]:
         ),
         "a name with dots": (
             program(
-                *(text("torch.distributed.checkpoint.filesystem"), text("os.mkdir"), pickle.STACK_GLOBAL),
+                *(text(_WITH_OS), text("os.mkdir"), pickle.STACK_GLOBAL),
                 *(mkdir(canary), pickle.REDUCE),
             ),
             True,
@@ -206,6 +209,15 @@ def programs(canary: Path) -> dict[str, tuple[bytes, bool]]:
         "nothing": (b"", False),
         "nothing but an end": (program(), False),
         "bytes that are no operations": (program(b"\xff\xfe"), False),
+        # Before protocol 4 Python's own reader takes all of it for the name of one attribute, which there is not.
+        "a name with dots, protocol 2": (
+            program(named(_WITH_OS, "os.mkdir"), mkdir(canary), pickle.REDUCE, protocol=2),
+            False,
+        ),
+        "a name with dots, as one operation": (
+            program(named(_WITH_OS, "os.mkdir"), mkdir(canary), pickle.REDUCE),
+            True,
+        ),
     }
 
 

@@ -13,7 +13,7 @@ from tests.hostile.checkpoints.family import REFUSED, Attack
 from tests.hostile.checkpoints.of_archives import archive_attacks
 from tests.hostile.checkpoints.of_folders import folder_attacks
 from tests.hostile.checkpoints.of_indexes import index_attacks, index_lies
-from tests.hostile.checkpoints.of_pickles import all_calls, all_handmade, calls, handmade
+from tests.hostile.checkpoints.of_pickles import all_calls, all_handmade, calls, handmade, names_with_dots
 
 # Beyond what the same job takes for itself on a checkpoint that nobody touched: bytes, seconds of the processor.
 MEMORY, SECONDS = 512 * 2**20, 30.0
@@ -31,7 +31,7 @@ EVERY = _by_name(
     *(all_calls(), all_handmade(), index_lies(), index_attacks(), archive_attacks(), folder_attacks()),
 )
 SOME = _by_name(
-    *(_some(calls(), 2), _some(handmade(), 2), index_attacks()),
+    *(_some(calls(), 2), _some(handmade(), 2), names_with_dots(), index_attacks()),
     *(_some(index_lies(), 3), _some(archive_attacks(), 6), _some(folder_attacks(), 3)),
 )
 REST = [attack for name, attack in EVERY.items() if name not in SOME]
