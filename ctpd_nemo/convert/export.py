@@ -76,7 +76,7 @@ def export_hf(
             if own != stored.dtype(name):
                 widened = own
             writer.add(name, tensor.to(own))
-        copy_companions(reference, writer.partial, widened, reader)
+        copy_companions(reference, writer.partial, dtype or widened, reader)
         if finish is not None:
             finish(writer.partial)
     _logger.info("%s: %d tensors exported", folder, len(writer.weight_map))

@@ -80,7 +80,34 @@ class PairScores:
     row: int | None = None
 
 
-class ScoreWriter:
+class ManifestWriter:
+    """Writes what says what is in a folder of shards.
+
+    Attributes:
+        folder: It.
+        manifest: The file.
+    """
+
+    def __init__(self, folder: str | Path, name: str) -> None:
+        """Args:
+        folder: Of the shards.
+        name: Of the file in it.
+        """
+        self.folder = Path(folder)
+        self.manifest = self.folder / name
+        self._manifest: dict[str, Any] = {}
+
+    def begin(self) -> None:
+        """Write the manifest; one process does it, before any shard."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write_manifest()
+
+    def write_manifest(self) -> None:
+        """Write the manifest into a folder that is there."""
+        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
+
+
+class ScoreWriter(ManifestWriter):
     """Writes one cache; several jobs may add their roles to it one after the other."""
 
     def __init__(
@@ -103,9 +130,9 @@ class ScoreWriter:
         Raises:
             InputError: The cache that is there was computed from something else.
         """
-        self.folder = Path(folder)
+        super().__init__(folder, _MANIFEST)
         self.n_shards = -(-n_pairs // pairs_per_shard)
-        self._manifest: dict[str, Any] = {
+        self._manifest = {
             "format": _FORMAT,
             "pairs": n_pairs,
             "pairs_per_shard": pairs_per_shard,
@@ -113,7 +140,7 @@ class ScoreWriter:
             "fingerprints": {name: fingerprints[name] for name in FINGERPRINTS},
             "teacher_weights": dict(teacher_weights),
         }
-        if (self.folder / _MANIFEST).exists():
+        if self.manifest.exists():
             there = read_manifest(self.folder)
             for field in ("pairs", "pairs_per_shard"):
                 _compare(self.folder, field, there[field], self._manifest[field])
@@ -124,20 +151,6 @@ class ScoreWriter:
         elif any(self.folder.glob("*.parquet")):
             found = f"shards without {_MANIFEST}, which says what they are scores of"
             raise InputError(str(self.folder), found, "a score cache, or an empty folder")
-
-    def begin(self) -> None:
-        """Write the manifest; one process does it, before any shard."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.write_manifest()
-
-    @property
-    def manifest(self) -> Path:
-        """Where it is."""
-        return self.folder / _MANIFEST
-
-    def write_manifest(self) -> None:
-        """Write the manifest into a folder that is there."""
-        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self, roles: Iterable[str]) -> list[int]:
         """Shards that are not there for every one of the roles."""

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ctpd_nemo.data.encoded_pair import EncodedPair
 from ctpd_nemo.errors import InputError
 from ctpd_nemo.parquet_size import check_size
-from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, write_renamed
+from ctpd_nemo.pipeline.score_cache import FINGERPRINTS, ManifestWriter, write_renamed
 from ctpd_nemo.pipeline.score_sums import check_sums, with_sums
 from ctpd_nemo.pipeline.score_tables import NUMBER, ROUNDING, owner, repeated, rows_of_pairs
 
@@ -59,7 +59,7 @@ class PairTopK:
     row: int | None = None
 
 
-class TopKWriter:
+class TopKWriter(ManifestWriter):
     """Writes what ``top_k.json`` says; one job does it."""
 
     def __init__(
@@ -86,10 +86,10 @@ class TopKWriter:
         Raises:
             InputError: What is there was computed from something else.
         """
-        self.folder = Path(folder)
+        super().__init__(folder, _MANIFEST)
         self.n_shards = -(-n_pairs // pairs_per_shard)
         self._type = _TYPES[dtype]
-        self._manifest: dict[str, Any] = {
+        self._manifest = {
             "format": _FORMAT,
             "k": k,
             "dtype": dtype,
@@ -99,24 +99,10 @@ class TopKWriter:
             "fingerprints": {name: fingerprints[name] for name in FINGERPRINTS},
             "teacher_weights": teacher_weights,
         }
-        if (self.folder / _MANIFEST).exists():
+        if self.manifest.exists():
             there = _read_manifest(self.folder)
             for name, value in self._manifest.items():
                 _compare(self.folder, name, there.get(name), value)
-
-    def begin(self) -> None:
-        """Write the manifest; one process does it, before any shard."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.write_manifest()
-
-    @property
-    def manifest(self) -> Path:
-        """Where it is."""
-        return self.folder / _MANIFEST
-
-    def write_manifest(self) -> None:
-        """Write the manifest into a folder that is there."""
-        write_renamed(self.manifest, lambda path: path.write_text(json.dumps(self._manifest, indent=2)))
 
     def missing(self) -> list[int]:
         """Shards that are not there."""

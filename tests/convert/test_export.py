@@ -91,6 +91,17 @@ def test_a_dtype_that_is_asked_for_is_named_in_the_config(tiny_model: Callable, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
+def test_a_dtype_that_is_asked_for_is_named_where_the_tensors_had_it_already(
+    tiny_model: Callable, tmp_path: Path
+) -> None:
+    reference = tmp_path / "bf16"
+    copy.deepcopy(tiny_model("llama").model).bfloat16().save_pretrained(reference)
+    config = json.loads((reference / "config.json").read_text())
+    (reference / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    export_hf(tmp_path / "out", reference, model_tensors(imported(reference)), dtype=torch.bfloat16)
+    assert read_architecture(tmp_path / "out").dtype == torch.bfloat16
+
+
 def test_shards_stay_below_their_limit_and_the_index_is_complete(tiny_model: Callable, tmp_path: Path) -> None:
     tiny = tiny_model("qwen2")
     export_hf(tmp_path / "out", tiny.folder, model_tensors(imported(tiny.folder)), max_shard_bytes=60_000)
